@@ -19,6 +19,8 @@ class MissReason(StrEnum):
     ROOM = "room"  #: its KV budget is taken by other rows just now
     NEVER = "never"  #: the row is larger than its whole KV budget
     GONE = "gone"  #: the next worker of the route no longer exists
+    LOST = "lost"  #: a worker died holding the step
+    PLAN = "plan"  #: the worker serves another plan
     COMPUTE = "compute"  #: the forward pass raised for this row alone
     MEMORY = "memory"  #: the device ran out of memory for this row alone
 
@@ -143,8 +145,12 @@ class Step:
     rows: tuple[Row, ...]
     #: Rows given up by earlier stages on this trip.
     misses: tuple[Miss, ...] = ()
-    #: Rows of this owner whose keys and values may be forgotten.
-    release: tuple[int, ...] = ()
+    #: (row, epoch) pairs of this owner whose keys and values may be forgotten.
+    release: tuple[tuple[int, int], ...] = ()
+    #: To be computed by itself: it is suspected of killing workers.
+    alone: bool = False
+    #: A worker of the route is about to leave: no row may join.
+    closing: bool = False
     #: Stage 0 only: the new tokens of all rows, row after row.
     tokens: tuple[int, ...] = ()
     #: Later stages: [sum of counts, hidden_size], rows in order.
@@ -171,15 +177,17 @@ class StepDone:
     route: tuple[str, ...]
     sampled: tuple[Sampled, ...] = ()
     misses: tuple[Miss, ...] = ()
+    #: As in the step.
+    closing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """The keys and values of these rows of this owner may be forgotten."""
+    """The keys and values of these (row, epoch) pairs of this owner, and of their earlier epochs, may be forgotten."""
 
     plan: str
     owner: str
-    rows: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

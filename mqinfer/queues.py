@@ -81,7 +81,7 @@ class Topology:
         """Durable: checkpoints that this coordinator holds; when it dies they expire into `requests` at once."""
         return QueueSpec(
             name=f"mqinfer.{self.name}.leases.{coordinator}",
-            message_ttl_s=30.0,
+            message_ttl_s=5.0,
             expires_s=3600.0,
             dead_letter_to=self.requests.name,
         )
