@@ -1,0 +1,371 @@
+"""The coordinator's mind: rows, microbatches, epochs. No clock, no I/O, no asyncio.
+
+Events go in (`add`, `done`, `gone`, `overdue`), what must be done comes out as decisions, in order. The
+invariant: a row is in exactly one place, either `waiting` or one microbatch; a microbatch always has exactly one
+step under way, and an end of trip that is not that step's changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from mqinfer import batching
+from mqinfer.batching import Limits, Pending
+from mqinfer.messages import (
+    FinishReason,
+    Miss,
+    MissReason,
+    Release,
+    Request,
+    Row,
+    Sampled,
+    Step,
+    StepDone,
+    TokenLogprob,
+)
+from mqinfer.plan import Plan
+from mqinfer.verdicts import BLAMED, Verdict, decide, explain
+
+
+@dataclass(slots=True, kw_only=True)
+class LiveRow:
+    """A request being computed."""
+
+    number: int
+    request: Request
+    output: list[int]
+    logprobs: list[TokenLogprob]
+    epoch: int = 0
+    #: Positions whose keys and values the workers of this epoch's route hold.
+    cached: int = 0
+    failures: int = 0
+    #: Joins nobody and nobody joins it.
+    alone: bool = False
+    #: Must begin in a new microbatch.
+    fresh: bool = False
+
+    @property
+    def known(self) -> int:
+        """Positions whose tokens are known."""
+        return len(self.request.prompt) + len(self.output)
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """The token ids of positions [start, end)."""
+        prompt = self.request.prompt
+        tail = self.output[max(start - len(prompt), 0) : max(end - len(prompt), 0)]
+        return (*prompt[start:end], *tail)
+
+    def checkpoint(self) -> Request:
+        """The request with the tokens that it has so far."""
+        return replace(self.request, output=tuple(self.output), logprobs=tuple(self.logprobs), failures=self.failures)
+
+
+@dataclass(slots=True, kw_only=True)
+class Microbatch:
+    """Rows that travel together, and the one step that is under way."""
+
+    number: int
+    rows: list[LiveRow]
+    alone: bool = False
+    #: Nobody joins any more.
+    closed: bool = False
+    route: tuple[str, ...] = ()
+    #: Number of the step under way.
+    step: int = -1
+    sent_at_s: float = 0.0
+    parts: tuple[Row, ...] = ()
+    #: (row, epoch) of rows that left, to be forgotten by the workers of the route.
+    released: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Publish the step: to the worker `queue`, or to the stage's shared queue where it is None."""
+
+    queue: str | None
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Tell the worker behind `queue`."""
+
+    queue: str
+    release: Release
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The row has its result; `text` is given where a stop string cut it."""
+
+    row: LiveRow
+    reason: FinishReason
+    text: str | None = None
+    error_code: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The row goes back to waiting (told for logs and counts)."""
+
+    row: LiveRow
+    reason: MissReason
+    detail: str
+    #: Positions whose computing is lost.
+    lost_tokens: int
+
+
+Decision = Send | Forget | Ended | Replayed
+
+#: Given a row's output and its stop strings: the text before the first of them, or None.
+StopFinder = Callable[[Sequence[int], Sequence[str]], str | None]
+
+
+class Scheduler:
+    """See the module's docstring. `owner` is the coordinator's queue."""
+
+    def __init__(self, plan: Plan, owner: str, limits: Limits, find_stop: StopFinder) -> None:
+        self._plan = plan
+        self._owner = owner
+        self._limits = limits
+        self._find_stop = find_stop
+        self._next_row = 0
+        self._next_microbatch = 0
+        self.rows: dict[int, LiveRow] = {}
+        self.waiting: deque[LiveRow] = deque()
+        self.microbatches: dict[int, Microbatch] = {}
+        #: Consumers seen at each stage; the owner keeps it up to date.
+        self.consumers: list[int] = [0] * len(plan.stages)
+
+    # -- facts ---------------------------------------------------------------------------------
+
+    @property
+    def workers(self) -> set[str]:
+        """Queues of all workers on live routes."""
+        return {queue for microbatch in self.microbatches.values() for queue in microbatch.route}
+
+    def target(self) -> int:
+        """How many microbatches there should be."""
+        served = [{m.route[k] for m in self.microbatches.values() if k < len(m.route)} for k in self._stages]
+        return batching.microbatch_target([max(c, len(s)) for c, s in zip(self.consumers, served, strict=True)])
+
+    @property
+    def _stages(self) -> range:
+        return range(len(self._plan.stages))
+
+    # -- events --------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> LiveRow:
+        """A leased request becomes a waiting row; call `form` afterwards."""
+        row = LiveRow(
+            number=self._next_row,
+            request=request,
+            output=list(request.output),
+            logprobs=list(request.logprobs),
+            failures=request.failures,
+            alone=decide(MissReason.LOST, request.failures) is Verdict.REPLAY_ALONE,
+        )
+        self._next_row += 1
+        self.rows[row.number] = row
+        self.waiting.append(row)
+        return row
+
+    def form(self, now_s: float) -> list[Decision]:
+        """Waiting rows become new microbatches as far as there should be more of them."""
+        decisions: list[Decision] = []
+        for row in [row for row in self.waiting if row.alone]:
+            self.waiting.remove(row)
+            decisions += self._open([row], now_s, alone=True)
+        live = sum(1 for microbatch in self.microbatches.values() if not microbatch.alone)
+        for size in batching.sizes(len(self.waiting), live, self._limits, self.target()):
+            decisions += self._open([self.waiting.popleft() for _ in range(size)], now_s)
+        return decisions
+
+    def done(self, end: StepDone, now_s: float) -> list[Decision]:
+        """A trip has ended. A stale one (of an older step, of a microbatch that is no more) changes nothing."""
+        microbatch = self.microbatches.get(end.microbatch)
+        if microbatch is None or end.number != microbatch.step:
+            return []
+        if len(end.route) > len(microbatch.route):
+            microbatch.route = end.route
+        microbatch.closed |= end.closing
+        missed = {miss.row: miss for miss in end.misses}
+        drawn = {sampled.row: sampled for sampled in end.sampled}
+        decisions: list[Decision] = []
+        for part in microbatch.parts:
+            row = self.rows[part.row]
+            if part.row in missed:
+                decisions += self._give_up(microbatch, row, missed[part.row])
+            else:
+                decisions += self._advance(microbatch, row, part, drawn.get(part.row))
+        return decisions + self._go_on(microbatch, now_s) + self.form(now_s)
+
+    def gone(self, queue: str, now_s: float) -> list[Decision]:
+        """The worker behind `queue` no longer exists: what it may have held is replayed.
+
+        Which of its rows it was computing is not known, so this counts as one blame at most; a first trip goes
+        over shared queues, where the broker's redelivery shows exactly what a worker died with.
+        """
+        decisions: list[Decision] = []
+        for microbatch in [m for m in self.microbatches.values() if queue in m.route]:
+            decisions += self._abandon(microbatch, MissReason.LOST, "the worker is gone", without=queue)
+        return decisions + self.form(now_s)
+
+    def unsent(self, microbatch: int, queue: str, now_s: float) -> list[Decision]:
+        """The step of `microbatch` could not be sent, since `queue` no longer exists: nobody is to blame."""
+        found = self.microbatches.get(microbatch)
+        if found is None:
+            return []
+        return self._abandon(found, MissReason.GONE, "the worker is gone", without=queue) + self.form(now_s)
+
+    def overdue(self, now_s: float, timeout_s: float) -> list[Decision]:
+        """Steps that have not come back within `timeout_s` are given up; their late ends are stale."""
+        decisions: list[Decision] = []
+        for microbatch in [m for m in self.microbatches.values() if now_s - m.sent_at_s > timeout_s]:
+            decisions += self._abandon(microbatch, MissReason.CACHE, "no answer in time")
+        return decisions + (self.form(now_s) if decisions else [])
+
+    def abandon_all(self) -> list[Forget]:
+        """What the workers may forget when this coordinator leaves; its rows stay as they are."""
+        releases = []
+        for microbatch in self.microbatches.values():
+            microbatch.released += [(row.number, row.epoch) for row in microbatch.rows]
+            releases += self._releases(microbatch)
+        return releases
+
+    # -- rows ----------------------------------------------------------------------------------
+
+    def _advance(self, microbatch: Microbatch, row: LiveRow, part: Row, drawn: Sampled | None) -> list[Decision]:
+        row.cached = part.start + part.count
+        if part.sampling is None:
+            return []
+        if drawn is None:
+            miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=MissReason.COMPUTE, detail="no token came")
+            return self._give_up(microbatch, row, miss)
+        row.output.append(drawn.token)
+        if drawn.logprob is not None:
+            row.logprobs.append(drawn.logprob)
+        row.failures = 0
+        ended = self._ending(row)
+        if ended is None:
+            return []
+        self._leave(microbatch, row)
+        del self.rows[row.number]
+        return [ended]
+
+    def _ending(self, row: LiveRow) -> Ended | None:
+        request = row.request
+        if not request.ignore_eos and row.output[-1] in self._plan.eos_tokens:
+            return Ended(row, FinishReason.STOP)
+        if request.stop and (text := self._find_stop(row.output, request.stop)) is not None:
+            return Ended(row, FinishReason.STOP, text=text)
+        if len(row.output) >= request.max_tokens or row.known >= self._plan.context_tokens:
+            return Ended(row, FinishReason.LENGTH)
+        return None
+
+    def _give_up(self, microbatch: Microbatch, row: LiveRow, miss: Miss) -> list[Decision]:
+        self._leave(microbatch, row)
+        if miss.reason is MissReason.ROOM:
+            microbatch.closed = True
+        if miss.reason in BLAMED:
+            row.failures = row.failures + 1 if miss.stage >= 0 else max(row.failures, 1)
+        verdict = decide(miss.reason, row.failures)
+        if verdict is Verdict.FAIL:
+            del self.rows[row.number]
+            code = "memory" if miss.reason in (MissReason.NEVER, MissReason.MEMORY) else "compute"
+            return [Ended(row, FinishReason.ERROR, error_code=code, error=explain(miss.reason, miss.detail))]
+        replayed = Replayed(row, miss.reason, miss.detail, row.cached)
+        row.epoch += 1
+        row.cached = 0
+        row.alone = verdict is Verdict.REPLAY_ALONE
+        row.fresh = verdict is not Verdict.REPLAY
+        self.waiting.appendleft(row)
+        return [replayed]
+
+    @staticmethod
+    def _leave(microbatch: Microbatch, row: LiveRow) -> None:
+        microbatch.rows.remove(row)
+        microbatch.released.append((row.number, row.epoch))
+
+    # -- microbatches --------------------------------------------------------------------------
+
+    def _open(self, rows: list[LiveRow], now_s: float, *, alone: bool = False) -> list[Decision]:
+        microbatch = Microbatch(number=self._next_microbatch, rows=rows, alone=alone, closed=alone)
+        self._next_microbatch += 1
+        self.microbatches[microbatch.number] = microbatch
+        for row in rows:
+            row.fresh = False
+        return [self._send(microbatch, now_s)]
+
+    def _go_on(self, microbatch: Microbatch, now_s: float) -> list[Decision]:
+        if len(microbatch.route) < len(self._plan.stages):  # it never came through
+            return self._abandon(microbatch, MissReason.CACHE, "it did not reach the last stage")
+        self._join(microbatch)
+        if not microbatch.rows:
+            return self._close(microbatch)
+        return [self._send(microbatch, now_s)]
+
+    def _join(self, microbatch: Microbatch) -> None:
+        if microbatch.closed or microbatch.step >= self._limits.open_trips:
+            return
+        room = batching.share(self._limits, self.target()) - len(microbatch.rows)
+        joining = [row for row in self.waiting if not (row.fresh or row.alone)][: max(room, 0)]
+        for row in joining:
+            self.waiting.remove(row)
+            microbatch.rows.append(row)
+
+    def _send(self, microbatch: Microbatch, now_s: float) -> Send:
+        microbatch.step += 1
+        microbatch.sent_at_s = now_s
+        microbatch.parts = self._parts(microbatch.rows)
+        step = Step(
+            plan=self._plan.digest,
+            owner=self._owner,
+            microbatch=microbatch.number,
+            number=microbatch.step,
+            stage=0,
+            route=microbatch.route,
+            rows=microbatch.parts,
+            release=tuple(microbatch.released),
+            alone=microbatch.alone,
+            tokens=tuple(
+                token for p in microbatch.parts for token in self.rows[p.row].tokens(p.start, p.start + p.count)
+            ),
+        )
+        microbatch.released.clear()
+        return Send(microbatch.route[0] if microbatch.route else None, step)
+
+    def _parts(self, rows: Sequence[LiveRow]) -> tuple[Row, ...]:
+        counts = batching.counts([Pending(row.cached, row.known) for row in rows], self._limits.step_tokens)
+        return tuple(
+            Row(
+                row=row.number,
+                epoch=row.epoch,
+                start=row.cached,
+                count=count,
+                reserve=len(row.request.prompt) + row.request.max_tokens,
+                sampling=row.request.sampling if row.cached + count == row.known else None,
+            )
+            for row, count in zip(rows, counts, strict=True)
+            if count
+        )
+
+    def _abandon(self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "") -> list[Decision]:
+        decisions: list[Decision] = []
+        for row in list(microbatch.rows):
+            miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=reason, detail=detail)
+            decisions += self._give_up(microbatch, row, miss)
+        return decisions + self._close(microbatch, without=without)
+
+    def _close(self, microbatch: Microbatch, *, without: str = "") -> list[Decision]:
+        del self.microbatches[microbatch.number]
+        return [forget for forget in self._releases(microbatch) if forget.queue != without]
+
+    def _releases(self, microbatch: Microbatch) -> list[Forget]:
+        if not microbatch.released:
+            return []
+        release = Release(plan=self._plan.digest, owner=self._owner, rows=tuple(microbatch.released))
+        return [Forget(queue, release) for queue in dict.fromkeys(microbatch.route)]

@@ -1,0 +1,47 @@
+"""The pure functions that form microbatches and share out a step."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mqinfer.batching import Limits, Pending, counts, microbatch_target, share, sizes
+
+LIMITS = Limits(microbatch_rows=8, rows=64, step_tokens=32, open_trips=100)
+NEEDS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
+
+
+@given(NEEDS, st.integers(1, 300))
+def test_a_step_advances_somebody_and_never_passes_its_tokens(needs: list[int], step_tokens: int) -> None:
+    taken = counts([Pending(5, 5 + need) for need in needs], step_tokens)
+    assert 1 <= sum(taken) <= step_tokens
+    assert all(0 <= count <= need for count, need in zip(taken, needs, strict=True))
+
+
+@given(NEEDS, st.integers(1, 300))
+def test_no_prefill_advances_while_a_decode_waits(needs: list[int], step_tokens: int) -> None:
+    taken = counts([Pending(0, need) for need in needs], step_tokens)
+    if any(count == 0 for count, need in zip(taken, needs, strict=True) if need == 1):
+        assert all(count == 0 for count, need in zip(taken, needs, strict=True) if need > 1)
+
+
+@given(st.integers(0, 500), st.integers(0, 20), st.integers(1, 20))
+def test_new_microbatches_take_only_rows_that_wait_and_never_pass_the_target(
+    waiting: int, live: int, target: int
+) -> None:
+    formed = sizes(waiting, live, LIMITS, target)
+    assert sum(formed) <= waiting
+    assert len(formed) <= max(target - live, 0)
+    assert all(1 <= size <= share(LIMITS, target) for size in formed)
+    if waiting and live < target:
+        assert formed
+
+
+def test_waiting_rows_are_spread_over_the_microbatches_there_should_be() -> None:
+    assert sizes(8, 0, LIMITS, 4) == [2, 2, 2, 2]
+    assert sizes(3, 0, LIMITS, 4) == [1, 1, 1]
+    assert sizes(100, 0, LIMITS, 4) == [8, 8, 8, 8]
+
+
+def test_every_worker_more_raises_the_number_of_microbatches() -> None:
+    targets = [microbatch_target([1, 1, extra]) for extra in range(1, 8)]
+    assert targets == sorted(set(targets))
+    assert microbatch_target([0, 0, 0]) == microbatch_target([1, 1, 1])

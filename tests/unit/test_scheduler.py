@@ -1,0 +1,339 @@
+"""The coordinator's mind on its own: a ring of made-up workers whose "model" is a hash of the row's tokens."""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from mqinfer.batching import Limits
+from mqinfer.messages import FinishReason, Miss, MissReason, Request, Sampled, Sampling, Step, StepDone
+from mqinfer.plan import Plan, StageSpec
+from mqinfer.scheduler import Decision, Ended, Forget, Replayed, Scheduler, Send
+
+EOS = 7
+PLAN = Plan(
+    name="test",
+    model="none",
+    dtype="float32",
+    stages=(StageSpec(first=0, end=1), StageSpec(first=1, end=2)),
+    fingerprint="0" * 64,
+    model_type="llama",
+    hidden_size=8,
+    vocab_size=100,
+    context_tokens=64,
+    eos_tokens=(EOS,),
+)
+LIMITS = Limits(microbatch_rows=4, rows=16, step_tokens=8, open_trips=100)
+ROUTE = ("w0", "w1")
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The made-up model: never EOS."""
+    return 10 + hashlib.sha256(repr(tuple(tokens)).encode()).digest()[0] % 90
+
+
+def continuation(prompt: Sequence[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def request(name: str, prompt: Sequence[int] = (1, 2, 3), max_tokens: int = 5, **more: object) -> Request:
+    fields = {"id": name, "job": "job", "plan": PLAN.digest, "prompt": tuple(prompt), "max_tokens": max_tokens}
+    return Request(**(fields | more))  # type: ignore[arg-type]
+
+
+class Ring:
+    """Answers steps as workers with caches would, and checks that every step is consistent with the cache."""
+
+    def __init__(self) -> None:
+        self.cache: dict[tuple[int, int], list[int]] = {}
+        self.scheduler = Scheduler(PLAN, "owner", LIMITS, lambda output, stops: None)
+        self.results: dict[str, Ended] = {}
+        self.replayed: list[Replayed] = []
+        self.sent: list[Send] = []
+
+    def take(self, decisions: Sequence[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case Send():
+                    self.sent.append(decision)
+                case Ended():
+                    assert decision.row.request.id not in self.results
+                    self.results[decision.row.request.id] = decision
+                case Forget():
+                    self.forget(decision.release.rows)
+                case Replayed():
+                    self.replayed.append(decision)
+
+    def forget(self, rows: Sequence[tuple[int, int]]) -> None:
+        for row in rows:
+            self.cache.pop(row, None)
+
+    def add(self, *requests: Request) -> None:
+        for item in requests:
+            self.scheduler.add(item)
+        self.take(self.scheduler.form(0.0))
+
+    def answer(self, step: Step) -> StepDone:
+        self.forget(step.release)
+        tokens, sampled = list(step.tokens), []
+        for row in step.rows:
+            held = self.cache.setdefault((row.row, row.epoch), [])
+            assert len(held) == row.start, "a step must begin where the cache ends"
+            held += [tokens.pop(0) for _ in range(row.count)]
+            if row.sampling is not None:
+                sampled.append(Sampled(row=row.row, epoch=row.epoch, token=next_token(held)))
+        assert not tokens
+        return StepDone(
+            plan=step.plan, microbatch=step.microbatch, number=step.number, route=ROUTE, sampled=tuple(sampled)
+        )
+
+    def turn(self) -> None:
+        self.take(self.scheduler.done(self.answer(self.sent.pop(0).step), 0.0))
+
+    def run(self) -> None:
+        for _ in range(10_000):
+            if not self.sent:
+                return
+            self.turn()
+        raise AssertionError("the ring never rests")
+
+
+def missed(step: Step, reason: MissReason, *rows: int) -> StepDone:
+    misses = tuple(
+        Miss(row=row.row, epoch=row.epoch, stage=1, reason=reason) for row in step.rows if not rows or row.row in rows
+    )
+    return StepDone(plan=step.plan, microbatch=step.microbatch, number=step.number, route=ROUTE, misses=misses)
+
+
+def test_every_request_ends_with_the_models_own_tokens() -> None:
+    ring = Ring()
+    draw = random.Random(1)
+    requests = [
+        request(f"r{i}", [draw.randrange(100) for _ in range(draw.randint(1, 30))], draw.randint(1, 12))
+        for i in range(40)
+    ]
+    for item in requests:
+        ring.add(item)
+        if ring.sent:
+            ring.turn()
+    ring.run()
+    for item in requests:
+        assert ring.results[item.id].row.output == continuation(item.prompt, item.max_tokens)
+        assert ring.results[item.id].reason is FinishReason.LENGTH
+    assert not ring.scheduler.rows
+    assert not ring.scheduler.microbatches
+    assert not ring.scheduler.waiting
+    assert not ring.cache, "workers must be told to forget every row"
+
+
+def test_an_end_of_sequence_token_ends_a_row_unless_it_is_to_be_ignored() -> None:
+    ring = Ring()
+    ring.add(request("ends"), request("goes on", ignore_eos=True))
+    for _ in range(len(ring.sent)):
+        step = ring.sent.pop(0).step
+        done = ring.answer(step)
+        ring.take(ring.scheduler.done(replace(done, sampled=tuple(replace(s, token=EOS) for s in done.sampled)), 0.0))
+    assert ring.results["ends"].reason is FinishReason.STOP
+    assert "goes on" not in ring.results
+
+
+def test_a_stop_string_ends_a_row_with_the_text_before_it() -> None:
+    ring = Ring()
+    ring.scheduler = Scheduler(PLAN, "owner", LIMITS, lambda output, stops: "cut" if len(output) == 3 else None)
+    ring.add(request("r", stop=("x",)))
+    ring.run()
+    assert ring.results["r"].text == "cut"
+    assert len(ring.results["r"].row.output) == 3
+
+
+def test_the_context_limit_ends_a_row() -> None:
+    ring = Ring()
+    ring.add(request("r", range(60), 100))
+    ring.run()
+    assert len(ring.results["r"].row.output) == 4
+
+
+def test_no_step_carries_more_new_positions_than_allowed() -> None:
+    ring = Ring()
+    ring.add(*(request(f"r{i}", range(50)) for i in range(3)))
+    while ring.sent:
+        assert len(ring.sent[0].step.tokens) <= LIMITS.step_tokens
+        ring.turn()
+    assert len(ring.results) == 3
+
+
+def test_a_late_or_repeated_end_of_trip_changes_nothing() -> None:
+    ring = Ring()
+    ring.add(request("r"))
+    step = ring.sent.pop(0).step
+    done = ring.answer(step)
+    ring.take(ring.scheduler.done(done, 0.0))
+    assert ring.scheduler.done(done, 0.0) == []
+    ring.run()
+    assert ring.results["r"].row.output == continuation((1, 2, 3), 5)
+    assert ring.scheduler.done(done, 0.0) == []
+
+
+@pytest.mark.parametrize("reason", [MissReason.CACHE, MissReason.ROOM, MissReason.GONE])
+def test_a_blameless_miss_is_replayed_as_often_as_it_takes(reason: MissReason) -> None:
+    ring = Ring()
+    ring.add(request("r"))
+    for _ in range(20):
+        ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, reason), 0.0))
+    ring.run()
+    assert ring.results["r"].row.output == continuation((1, 2, 3), 5)
+    assert len(ring.replayed) == 20
+
+
+@pytest.mark.parametrize("reason", [MissReason.LOST, MissReason.COMPUTE, MissReason.MEMORY, MissReason.NEVER])
+def test_a_row_that_fails_three_times_without_progress_becomes_a_failure(reason: MissReason) -> None:
+    ring = Ring()
+    ring.add(request("r"))
+    for _ in range(3):
+        assert "r" not in ring.results
+        ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, reason), 0.0))
+    assert ring.results["r"].reason is FinishReason.ERROR
+    assert ring.results["r"].error
+    assert not ring.scheduler.rows
+
+
+def test_progress_clears_the_blame() -> None:
+    ring = Ring()
+    ring.add(request("r", max_tokens=8))
+    for _ in range(4):
+        for _ in range(2):
+            ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, MissReason.COMPUTE), 0.0))
+        ring.turn()
+    ring.run()
+    assert ring.results["r"].row.output == continuation((1, 2, 3), 8)
+
+
+def test_a_poison_row_does_not_harm_its_neighbours() -> None:
+    ring = Ring()
+    ring.add(*(request(f"r{i}") for i in range(12)))
+    poison = next(row.number for row in ring.scheduler.rows.values() if row.request.id == "r3")
+    for _ in range(500):
+        if not ring.sent:
+            break
+        step = ring.sent.pop(0).step
+        lost = any(row.row == poison for row in step.rows)
+        ring.take(ring.scheduler.done(missed(step, MissReason.LOST) if lost else ring.answer(step), 0.0))
+    assert ring.results["r3"].reason is FinishReason.ERROR
+    assert sum(ended.reason is FinishReason.LENGTH for ended in ring.results.values()) == 11
+
+
+def test_a_suspect_travels_alone_and_is_marked() -> None:
+    ring = Ring()
+    ring.add(request("a"), request("b"))
+    for _ in range(2):
+        step = ring.sent.pop(0).step
+        ring.take(ring.scheduler.done(missed(step, MissReason.LOST), 0.0))
+        ring.sent.sort(key=lambda send: send.step.rows[0].row)
+    suspects = [send.step for send in ring.sent if send.step.alone]
+    assert all(len(step.rows) == 1 for step in suspects)
+    assert suspects
+
+
+def test_when_a_worker_is_gone_its_microbatches_are_replayed_on_the_shared_queue() -> None:
+    ring = Ring()
+    ring.add(request("a"), request("b"))
+    for _ in range(len(ring.sent)):
+        ring.turn()
+    stale = [send.step for send in ring.sent]
+    ring.sent.clear()
+    ring.take(ring.scheduler.gone("w1", 0.0))
+    assert {send.queue for send in ring.sent} == {None}
+    for step in stale:
+        assert ring.scheduler.done(missed(step, MissReason.CACHE), 0.0) == []
+    ring.run()
+    assert ring.results["a"].row.output == continuation((1, 2, 3), 5)
+    assert all(replayed.row.epoch >= 1 for replayed in ring.replayed)
+
+
+def test_losing_workers_again_and_again_never_fails_a_row_that_was_only_near() -> None:
+    ring = Ring()
+    ring.add(request("r", range(30)))
+    for _ in range(10):
+        ring.turn()  # a first trip ends, so there is a route; but it carried a part of the prompt only: no progress
+        ring.sent.clear()
+        ring.take(ring.scheduler.gone("w0", 0.0))
+    ring.run()
+    assert ring.results["r"].row.output == continuation(range(30), 5)
+
+
+def test_an_overdue_step_is_replayed_and_its_late_end_is_stale() -> None:
+    ring = Ring()
+    ring.add(request("r"))
+    step = ring.sent.pop(0).step
+    assert ring.scheduler.overdue(5.0, 10.0) == []
+    ring.take(ring.scheduler.overdue(11.0, 10.0))
+    assert ring.scheduler.done(ring.answer(step), 0.0) == []
+    ring.cache.clear()
+    ring.run()
+    assert ring.results["r"].row.output == continuation((1, 2, 3), 5)
+
+
+def test_rows_do_not_join_a_closing_microbatch() -> None:
+    ring = Ring()
+    ring.add(request("first", max_tokens=20))
+    done = ring.answer(ring.sent.pop(0).step)
+    ring.take(ring.scheduler.done(replace(done, closing=True), 0.0))
+    closing = done.microbatch
+    ring.add(*(request(f"r{i}") for i in range(10)))
+    while ring.sent:
+        step = ring.sent[0].step
+        if step.microbatch == closing:
+            assert len(step.rows) == 1
+        ring.turn()
+    assert len(ring.results) == 11
+
+
+def test_a_checkpoint_goes_on_where_it_was_kept() -> None:
+    ring = Ring()
+    ring.add(request("r", max_tokens=6))
+    for _ in range(3):
+        ring.turn()
+    kept = next(iter(ring.scheduler.rows.values())).checkpoint()
+    assert len(kept.output) == 3
+    other = Ring()
+    other.add(kept)
+    other.run()
+    assert other.results["r"].row.output == continuation((1, 2, 3), 6)
+
+
+def test_the_seed_and_position_of_a_draw_are_the_requests_own() -> None:
+    ring = Ring()
+    ring.add(request("r", sampling=Sampling(temperature=1.0, seed=42)))
+    assert ring.sent[0].step.rows[0].sampling == Sampling(temperature=1.0, seed=42)
+
+
+def test_random_faults_never_change_a_result() -> None:
+    for seed in range(30):
+        draw = random.Random(seed)
+        ring = Ring()
+        requests = [request(f"r{i}", range(draw.randint(1, 20)), draw.randint(1, 9)) for i in range(20)]
+        ring.add(*requests)
+        for _ in range(5000):
+            if not ring.sent:
+                break
+            send = ring.sent.pop(draw.randrange(len(ring.sent)))
+            fault = draw.random()
+            if fault < 0.05:
+                reason = draw.choice([MissReason.CACHE, MissReason.ROOM, MissReason.GONE])
+                ring.take(ring.scheduler.done(missed(send.step, reason), 0.0))
+            elif fault < 0.08 and send.queue is not None:
+                ring.take(ring.scheduler.unsent(send.step.microbatch, send.queue, 0.0))
+            elif fault < 0.10:
+                ring.sent.append(send)
+                ring.take(ring.scheduler.overdue(1.0, 0.5))
+            else:
+                live = ring.scheduler.microbatches.get(send.step.microbatch)
+                if live is not None and live.step == send.step.number:
+                    ring.take(ring.scheduler.done(ring.answer(send.step), 0.0))
+        for item in requests:
+            assert ring.results[item.id].row.output == continuation(item.prompt, item.max_tokens), f"seed {seed}"
