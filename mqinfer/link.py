@@ -1,0 +1,89 @@
+"""An actor's link to the broker: opened, lost, opened again; and the little that every actor does alike over it.
+
+An actor is a function of a Transport that runs until it is told to stop. When its link is lost it starts afresh with
+a new one: what it held is with others by then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_never, wait_exponential_jitter
+
+from mqinfer.errors import TransportError, Unroutable
+from mqinfer.observe import BODY_REFUSED, LINK_LOST, LINK_OPENED, emit
+from mqinfer.queues import QueueSpec
+from mqinfer.transports.base import Delivery, Transport
+
+T = TypeVar("T")
+Connect = Callable[[], Awaitable[Transport]]
+
+#: Between two tries: begins here, doubles up to the most, with as much jitter.
+BACKOFF_FIRST_S = 0.2
+BACKOFF_MOST_S = 10.0
+
+
+async def keep_linked(
+    actor: str, connect: Connect, session: Callable[[Transport], Awaitable[None]], stop: asyncio.Event
+) -> None:
+    """Run `session` over a link, and again over a new one each time the link is lost, until it returns.
+
+    `session` itself must end when `stop` is set; between two links this function sees to it.
+    Raises: Refused if the first link can't be opened (a wrong address or password does not mend itself).
+    """
+    transport = await _unless(stop, connect())
+    while transport is not None:
+        emit(LINK_OPENED, actor=actor)
+        try:
+            await session(transport)
+            return
+        except* TransportError as group:
+            emit(LINK_LOST, actor=actor, error=str(first(group)))
+        finally:
+            await transport.close()
+        transport = await _unless(stop, _reopen(connect))
+
+
+async def _reopen(connect: Connect) -> Transport:
+    wait = wait_exponential_jitter(multiplier=BACKOFF_FIRST_S, max=BACKOFF_MOST_S, jitter=BACKOFF_FIRST_S)
+    retrying = AsyncRetrying(wait=wait, stop=stop_never, retry=retry_if_exception_type(TransportError))
+    return await retrying(connect)
+
+
+async def _unless(stop: asyncio.Event, work: Awaitable[T]) -> T | None:
+    """What `work` returns, or None if `stop` is set before; it is cancelled then."""
+    task = asyncio.ensure_future(work)
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        stopped.cancel()
+        task.cancel()
+
+
+def first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first plain exception in a group, for people to read."""
+    found: BaseException = group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+async def bury(transport: Transport, dead: QueueSpec, delivery: Delivery, reason: str) -> None:
+    """Move what can't be read to the dead-letter queue, with its reason; it is there before it is gone here."""
+    emit(BODY_REFUSED, queue=delivery.queue, reason=reason, bytes=len(delivery.body))
+    headers = {"reason": reason[:500], "queue": delivery.queue}
+    await publish_declared(transport, dead, delivery.body, persistent=True, headers=headers)
+    await delivery.ack()
+
+
+async def publish_declared(transport: Transport, spec: QueueSpec, body: bytes, **how: Any) -> None:
+    """Publish to a queue that outlives every process; where somebody deleted it, it is made again."""
+    try:
+        await transport.publish(spec.name, body, **how)
+    except Unroutable:
+        await transport.declare(spec)
+        await transport.publish(spec.name, body, **how)

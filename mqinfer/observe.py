@@ -1,0 +1,92 @@
+"""One stream of events for logs, metrics and traces: `emit(event, **fields)`; sinks register.
+
+Events are constants named `noun.past_verb`, listed here with their fields. Never a prompt, a token or a secret.
+Nothing of mqinfer but words may be imported here; structlog is at home here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+# Links
+LINK_OPENED = "link.opened"  #: actor, queue
+LINK_LOST = "link.lost"  #: actor, error, retry_s
+LINK_REFUSED = "link.refused"  #: actor, error
+
+# Workers
+STAGE_LOADED = "stage.loaded"  #: stage, layers, weight_bytes, peak_bytes, seconds, kv_bytes
+WORKER_DRAINED = "worker.drained"  #: given_back
+STEP_COMPUTED = "step.computed"  #: stage, microbatches, rows, tokens, seconds (debug)
+ROW_MISSED = "row.missed"  #: row, epoch, stage, reason, detail
+COMPUTE_FAILED = "compute.failed"  #: stage, error
+BODY_REFUSED = "body.refused"  #: queue, reason, bytes
+
+# Coordinators
+ROW_REPLAYED = "row.replayed"  #: request, reason, detail, lost_tokens
+REQUEST_ENDED = "request.ended"  #: request, finish_reason, prompt_tokens, output_tokens
+REQUEST_REFUSED = "request.refused"  #: request, error
+RESULT_UNCLAIMED = "result.unclaimed"  #: request, job
+CHECKPOINT_KEPT = "checkpoint.kept"  #: request, output_tokens (debug)
+CHECKPOINT_LATE = "checkpoint.late"  #: request
+WORKER_GONE = "worker.gone"  #: queue
+COORDINATOR_DRAINED = "coordinator.drained"  #: given_back
+
+# Anything
+ACTOR_FAILED = "actor.failed"  #: actor, error
+
+_DEBUG = frozenset({STEP_COMPUTED, CHECKPOINT_KEPT, REQUEST_ENDED})
+_WARNING = frozenset(
+    {LINK_LOST, ROW_MISSED, BODY_REFUSED, RESULT_UNCLAIMED, CHECKPOINT_LATE, WORKER_GONE, REQUEST_REFUSED}
+)
+_ERROR = frozenset({LINK_REFUSED, COMPUTE_FAILED, ACTOR_FAILED})
+
+Sink = Callable[[str, Mapping[str, Any]], None]
+
+_sinks: list[Sink] = []
+
+
+def emit(event: str, **fields: Any) -> None:
+    """Tell every sink; a sink must be quick and must not raise."""
+    for sink in _sinks:
+        sink(event, fields)
+
+
+def add_sink(sink: Sink) -> Callable[[], None]:
+    """Register; the returned function takes it away again."""
+    _sinks.append(sink)
+    return lambda: _sinks.remove(sink)
+
+
+def log_to_stderr(*, level: str = "info", as_json: bool = False) -> None:
+    """Events become log lines on standard error, for people, or as JSON for machines."""
+    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=False)
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(_level(level)),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    logger = structlog.get_logger()
+    add_sink(lambda event, fields: logger.log(_severity(event), event, **fields))
+
+
+def _level(name: str) -> int:
+    levels = logging.getLevelNamesMapping()
+    return levels.get(name.upper(), logging.INFO)
+
+
+def _severity(event: str) -> int:
+    if event in _DEBUG:
+        return logging.DEBUG
+    if event in _WARNING:
+        return logging.WARNING
+    return logging.ERROR if event in _ERROR else logging.INFO

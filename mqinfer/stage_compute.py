@@ -1,0 +1,135 @@
+"""A step's way through one stage without I/O: unpack -> engine -> pack -> the body that goes on.
+
+Runs whole in the worker's one compute thread, but for the questions `fits` and `is_empty`. Queues are only names here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mqinfer.errors import ComputeError, WireError
+from mqinfer.messages import Miss, MissReason, Row, Step, StepDone
+from mqinfer.plan import Plan
+from mqinfer.stage_engine import Done, StageEngine, Work
+from mqinfer.tensor_codec import pack, unpack
+from mqinfer.wire import encode
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """What becomes of a step: a body for the next stage, or for its owner."""
+
+    body: bytes
+    #: True: the trip ends, the body is a StepDone for the step's owner. False: a Step for the next stage.
+    ends: bool
+    #: Rows this stage gave up.
+    misses: tuple[Miss, ...] = ()
+    #: Where the step's tensor could not be read: why. The step itself belongs to the dead-letter queue then.
+    unreadable: str = ""
+
+
+class StageCompute:
+    """An engine with the codec at both of its ends."""
+
+    def __init__(self, plan: Plan, stage: int, engine: StageEngine, *, codec: str, threads: int) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._codec = codec
+        self._threads = threads
+        self._device = torch.device(engine.device)
+        self.engine = engine
+
+    def prepare_thread(self) -> None:
+        """To be called first in the compute thread: PyTorch counts its threads by calling thread."""
+        if self._threads:
+            torch.set_num_threads(self._threads)
+
+    # -- asked from the event loop ---------------------------------------------------------------
+
+    def fits(self, rows: Sequence[Row]) -> bool:
+        """Whether these new rows can be admitted now."""
+        return self.engine.fits(rows)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row is cached: then what does not fit now never will."""
+        return self.engine.cached_rows == 0
+
+    # -- in the compute thread -------------------------------------------------------------------
+
+    def run(self, steps: Sequence[Step], me: str, closing: bool = False) -> list[Outgoing]:
+        """One forward over all steps; one answer for each, in order. `me` is this worker's own queue.
+
+        Never raises for what a step contains. `closing`: tell owners that this worker is about to leave.
+        """
+        for step in steps:
+            self.engine.forget(step.owner, step.release)
+        steps = [self._on_route(step, me, closing) for step in steps]
+        works: list[Work | WireError] = [self._work(step) for step in steps]
+        done = iter(self.engine.run([work for work in works if isinstance(work, Work)]))
+        return [
+            self._refused(step, work) if isinstance(work, WireError) else self._outgoing(step, next(done))
+            for step, work in zip(steps, works, strict=True)
+        ]
+
+    def _on_route(self, step: Step, me: str, closing: bool) -> Step:
+        first_trip = len(step.route) == self._stage
+        route = (*step.route, me) if first_trip else step.route
+        return replace(step, route=route, closing=step.closing or closing)
+
+    def _work(self, step: Step) -> Work | WireError:
+        try:
+            if self.engine.first:
+                tokens = torch.tensor(step.tokens, dtype=torch.int64, device=self._device)
+                return Work(owner=step.owner, rows=step.rows, tokens=tokens, hidden=None)
+            if step.hidden is None:
+                return WireError(f"a step without hidden states at stage {self._stage}")
+            hidden = unpack(
+                step.hidden,
+                dtype=getattr(torch, self._plan.dtype),
+                hidden_size=self._plan.hidden_size,
+                max_tokens=sum(row.count for row in step.rows),
+                device=self._device,
+            )
+            return Work(owner=step.owner, rows=step.rows, tokens=None, hidden=hidden)
+        except WireError as error:
+            return error
+
+    def _outgoing(self, step: Step, done: Done) -> Outgoing:
+        misses = step.misses + done.misses
+        if done.hidden is None or not done.rows:
+            return Outgoing(body=self._end(step, done, misses), ends=True, misses=done.misses)
+        try:
+            hidden = pack(done.hidden, self._codec)
+        except ComputeError as error:  # not finite where the codec can't carry it
+            missed = tuple(self._miss(row, MissReason.COMPUTE, str(error)) for row in done.rows)
+            return Outgoing(body=self._end(step, done, misses + missed), ends=True, misses=done.misses + missed)
+        onward = replace(step, stage=self._stage + 1, rows=done.rows, misses=misses, tokens=(), hidden=hidden)
+        return Outgoing(body=encode(onward), ends=False, misses=done.misses)
+
+    def _refused(self, step: Step, error: WireError) -> Outgoing:
+        missed = tuple(self._miss(row, MissReason.COMPUTE, str(error)) for row in step.rows)
+        body = encode(step_done(step, missed))
+        return Outgoing(body=body, ends=True, misses=missed, unreadable=str(error))
+
+    def _miss(self, row: Row, reason: MissReason, detail: str) -> Miss:
+        return Miss(row=row.row, epoch=row.epoch, stage=self._stage, reason=reason, detail=detail)
+
+    @staticmethod
+    def _end(step: Step, done: Done, misses: tuple[Miss, ...]) -> bytes:
+        return encode(replace(step_done(step, misses), sampled=done.sampled))
+
+
+def step_done(step: Step, misses: tuple[Miss, ...]) -> StepDone:
+    """The end of the step's trip, with nothing sampled."""
+    return StepDone(
+        plan=step.plan,
+        microbatch=step.microbatch,
+        number=step.number,
+        route=step.route,
+        misses=misses,
+        closing=step.closing,
+    )

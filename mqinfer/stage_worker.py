@@ -1,0 +1,364 @@
+"""The stage worker: take -> unpack -> compute -> pack -> publish, confirmed -> ack. Stateless but for a cache.
+
+The event loop moves messages, one compute thread does all that needs the device. While a forward runs, the last one's
+output is being published and the next one's input arrives: a stage with work waiting is never idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from mqinfer import __version__
+from mqinfer.errors import PlanMismatch, Unroutable, WireError
+from mqinfer.link import Connect, bury, keep_linked, publish_declared
+from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step
+from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
+from mqinfer.plan import Plan
+from mqinfer.queues import Topology, new_id
+from mqinfer.settings import WorkerSettings
+from mqinfer.stage_compute import Outgoing, StageCompute, step_done
+from mqinfer.stage_engine import StageEngine
+from mqinfer.transports.base import Delivery, Subscription, Transport
+from mqinfer.wire import decode, encode
+
+#: Steps of microbatches that this worker serves already, handed to us ahead of the forward they will join.
+OWN_PREFETCH = 64
+#: Forwards whose outputs may still be on their way out when the next one ends.
+PUBLISHING = 2
+#: How long a worker without room waits before it looks again.
+ROOM_PAUSE_S = 0.2
+#: How often rows whose coordinator is gone are looked for.
+IDLE_ROUND_S = 5.0
+
+T = TypeVar("T")
+
+
+class Taken(NamedTuple):
+    """A step in our hands."""
+
+    step: Step
+    delivery: Delivery
+
+
+class StageWorker:
+    """One consumer of one stage; any number of them share the stage's queue."""
+
+    def __init__(
+        self, plan: Plan, stage: int, compute: StageCompute, settings: WorkerSettings, connect: Connect
+    ) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._compute = compute
+        self._settings = settings
+        self._connect = connect
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set, then drain. Raises: Refused at the first link."""
+        with ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self._stage}") as thread:
+            await asyncio.get_running_loop().run_in_executor(thread, self._compute.prepare_thread)
+
+            async def session(transport: Transport) -> None:
+                await WorkerSession(self._plan, self._stage, self._compute, self._settings, transport, thread).run(stop)
+
+            await keep_linked(f"worker of stage {self._stage}", self._connect, session, stop)
+
+
+def load_compute(
+    plan: Plan, stage: int, folder: Path, settings: WorkerSettings, tell: Callable[[str], None] | None = None
+) -> StageCompute:
+    """Read the stage's tensors from `folder` onto the device. Raises: PlanError, OutOfMemory."""
+    engine = StageEngine.load(
+        plan,
+        stage,
+        folder=folder,
+        device=settings.device,
+        kv_bytes=settings.kv_bytes,
+        idle_s=settings.idle_s,
+        progress=tell,
+    )
+    return StageCompute(plan, stage, engine, codec=settings.codec, threads=settings.threads)
+
+
+class WorkerSession:
+    """What a worker is as long as its link holds."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stage: int,
+        compute: StageCompute,
+        settings: WorkerSettings,
+        transport: Transport,
+        thread: ThreadPoolExecutor,
+    ) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._compute = compute
+        self._settings = settings
+        self._transport = transport
+        self._thread = thread
+        self._topology = Topology(plan.name)
+        self.id = new_id(f"s{stage}")
+        self._queue = self._topology.worker(self.id)
+        self._shared = self._topology.stage(stage)
+        self._own_inbox: deque[Delivery] = deque()
+        self._shared_inbox: deque[Delivery] = deque()
+        self._arrived = asyncio.Event()
+        self._subscription: Subscription | None = None
+        self._publishing = asyncio.Semaphore(PUBLISHING)
+        self._closing = False
+        self._counts: Counter[str] = Counter()
+        self._tasks: asyncio.TaskGroup
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set (then drained) or the link is lost. Raises: TransportError (in a group)."""
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                await self._open()
+                background = [
+                    self._tasks.create_task(loop)
+                    for loop in (self._transport.closed(), self._forget_idle(), self._wake_when(stop))
+                ]
+                await self._work_until(stop.is_set)
+                await self._drain()
+                for task in background:
+                    task.cancel()
+        finally:
+            await self._in_thread(self._compute.engine.forget_all)
+
+    async def _open(self) -> None:
+        for spec in self._topology.shared(len(self._plan.stages)):
+            await self._transport.declare(spec)
+        await self._transport.declare(self._queue)
+        await self._transport.consume(self._queue.name, prefetch=OWN_PREFETCH, sink=self._own_arrived)
+        await self._listen()
+
+    # -- taking --------------------------------------------------------------------------------
+
+    def _own_arrived(self, delivery: Delivery) -> None:
+        self._own_inbox.append(delivery)
+        self._arrived.set()
+
+    def _shared_arrived(self, delivery: Delivery) -> None:
+        self._shared_inbox.append(delivery)
+        self._arrived.set()
+
+    async def _listen(self) -> None:
+        """New microbatches come one at a time, so that who is free takes them."""
+        self._subscription = await self._transport.consume(self._shared.name, prefetch=1, sink=self._shared_arrived)
+
+    async def _stop_listening(self) -> None:
+        if self._subscription is not None:
+            subscription, self._subscription = self._subscription, None
+            await subscription.cancel()
+
+    async def _work_until(self, enough: Callable[[], bool]) -> None:
+        while not enough():
+            self._arrived.clear()
+            taken = await self._take()
+            for group in _groups(taken):
+                await self._run(group)
+            if not (taken or self._own_inbox or self._shared_inbox or enough()):
+                await self._arrived.wait()
+
+    async def _take(self) -> list[Taken]:
+        """The steps of the next forward: all that wait here already, then a new microbatch if there is room."""
+        taken: list[Taken] = []
+        tokens = 0
+        while self._own_inbox and tokens < self._settings.merge_tokens:
+            item = await self._read(self._own_inbox.popleft())
+            if item is not None:
+                taken.append(item)
+                tokens += sum(row.count for row in item.step.rows)
+        if self._shared_inbox and tokens < self._settings.merge_tokens:
+            item = await self._read(self._shared_inbox.popleft())
+            if item is not None and await self._accept(item):
+                taken.append(item)
+        return taken
+
+    async def _read(self, delivery: Delivery) -> Taken | None:
+        """The step in the delivery; everything else is dealt with here."""
+        try:
+            message = decode(delivery.body)
+            if not isinstance(message, Probe | Ask | Release | Step):
+                raise WireError(f"a {type(message).__name__} is not for a worker")
+            if isinstance(message, Step):
+                await self._check(message)
+                return Taken(message, delivery)
+        except (WireError, PlanMismatch) as error:
+            await bury(self._transport, self._topology.dead, delivery, str(error))
+            return None
+        if isinstance(message, Release):
+            await self._in_thread(self._compute.engine.forget, message.owner, message.rows)
+        elif isinstance(message, Ask):
+            self._tasks.create_task(self._report(message))
+        await delivery.ack()
+        return None
+
+    async def _check(self, step: Step) -> None:
+        if step.plan != self._plan.digest:
+            await self._give_up(step, MissReason.PLAN, f"this worker serves plan {self._plan.digest}")
+            raise PlanMismatch(f"made for plan {step.plan}, this worker serves {self._plan.digest}")
+        if step.stage != self._stage or len(step.route) < self._stage:
+            raise WireError(f"a step for stage {step.stage} with a route of {len(step.route)} at stage {self._stage}")
+
+    async def _accept(self, taken: Taken) -> bool:
+        """Whether a new microbatch is to be computed here now; if not, it has been dealt with."""
+        if taken.delivery.redelivered:  # whoever had it died with it, and its owner must count that
+            await self._give_up(taken.step, MissReason.LOST, "its worker died")
+            await taken.delivery.ack()
+            return False
+        if self._has_room(taken.step):
+            return True
+        await self._stop_listening()
+        await self._put_back(taken.delivery)
+        self._tasks.create_task(self._listen_when_there_is_room(taken.step))
+        return False
+
+    def _has_room(self, step: Step) -> bool:
+        """An empty worker takes anything: what does not fit it then never will, and its owner is told."""
+        return self._compute.is_empty or self._compute.fits(step.rows)
+
+    async def _listen_when_there_is_room(self, step: Step) -> None:
+        while not self._has_room(step):  # noqa: ASYNC110 - the cache belongs to another thread, which tells nobody
+            await asyncio.sleep(ROOM_PAUSE_S)
+        if not self._closing:
+            await self._listen()
+
+    async def _put_back(self, delivery: Delivery) -> None:
+        """Published anew, not requeued: `redelivered` must mean that a worker died with it."""
+        await publish_declared(self._transport, self._shared, delivery.body)
+        await delivery.ack()
+
+    # -- computing and publishing --------------------------------------------------------------
+
+    async def _run(self, taken: Sequence[Taken]) -> None:
+        began_s = time.monotonic()
+        steps = [item.step for item in taken]
+        outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing)
+        self._count(steps, time.monotonic() - began_s)
+        await self._publishing.acquire()
+        self._tasks.create_task(self._publish(taken, outgoing))
+
+    async def _publish(self, taken: Sequence[Taken], outgoing: Sequence[Outgoing]) -> None:
+        try:
+            for item, out in zip(taken, outgoing, strict=True):
+                self._tell(out.misses)
+                if out.ends:
+                    await self._to_owner(item.step.owner, out.body)
+                else:
+                    await self._to_next(item.step, out.body)
+                if out.unreadable:
+                    await bury(self._transport, self._topology.dead, item.delivery, out.unreadable)
+                else:
+                    await item.delivery.ack()
+        finally:
+            self._publishing.release()
+
+    async def _to_next(self, step: Step, body: bytes) -> None:
+        if len(step.route) <= self._stage + 1:
+            await publish_declared(self._transport, self._topology.stage(self._stage + 1), body)
+            return
+        try:
+            await self._transport.publish(step.route[self._stage + 1], body)
+        except Unroutable:
+            await self._give_up(step, MissReason.GONE, "the next worker is gone")
+
+    async def _to_owner(self, owner: str, body: bytes) -> None:
+        with contextlib.suppress(Unroutable):  # the coordinator is gone; its rows are forgotten when idle
+            await self._transport.publish(owner, body)
+
+    async def _give_up(self, step: Step, reason: MissReason, detail: str) -> None:
+        """End the trip here with all rows missed."""
+        missed = tuple(
+            Miss(row=row.row, epoch=row.epoch, stage=self._stage, reason=reason, detail=detail) for row in step.rows
+        )
+        self._tell(missed)
+        await self._to_owner(step.owner, encode(step_done(step, step.misses + missed)))
+
+    # -- the rest ------------------------------------------------------------------------------
+
+    async def _drain(self) -> None:
+        """Take nothing new, serve the rows that are cached here for a while, give back the rest."""
+        self._closing = True
+        await self._stop_listening()
+        while self._shared_inbox:
+            await self._put_back(self._shared_inbox.popleft())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.drain_s):
+                await self._work_until(lambda: self._compute.is_empty and not self._own_inbox)
+        given_back = 0
+        while self._own_inbox:
+            item = await self._read(self._own_inbox.popleft())
+            if item is not None:
+                await self._give_up(item.step, MissReason.GONE, "the worker leaves")
+                await item.delivery.ack()
+                given_back += len(item.step.rows)
+        emit(WORKER_DRAINED, given_back=given_back)
+
+    async def _forget_idle(self) -> None:
+        while True:
+            await asyncio.sleep(IDLE_ROUND_S)
+            if await self._in_thread(self._compute.engine.forget_idle):
+                self._arrived.set()
+
+    async def _wake_when(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._arrived.set()
+
+    async def _report(self, ask: Ask) -> None:
+        engine = self._compute.engine
+        report = Report(
+            role="worker",
+            id=self.id,
+            host=socket.gethostname(),
+            stage=self._stage,
+            clock_s=time.monotonic(),
+            values={
+                "unacknowledged": len(self._own_inbox) + len(self._shared_inbox),
+                "kv_used_bytes": engine.kv_used_bytes,
+                "kv_budget_bytes": engine.kv_budget_bytes,
+                "cached_rows": engine.cached_rows,
+                **self._counts,
+            },
+            facts={"version": __version__, "plan": self._plan.digest, "device": str(engine.device)},
+        )
+        await self._to_owner(ask.reply_to, encode(report))
+
+    def _count(self, steps: Sequence[Step], seconds: float) -> None:
+        rows = sum(len(step.rows) for step in steps)
+        tokens = sum(row.count for step in steps for row in step.rows)
+        self._counts.update(
+            {"forwards": 1, "steps": len(steps), "rows": rows, "tokens": tokens, "busy_s": seconds}
+        )
+        emit(STEP_COMPUTED, stage=self._stage, microbatches=len(steps), rows=rows, tokens=tokens, seconds=seconds)
+
+    @staticmethod
+    def _tell(misses: Sequence[Miss]) -> None:
+        for miss in misses:
+            emit(
+                ROW_MISSED,
+                row=miss.row,
+                epoch=miss.epoch,
+                stage=miss.stage,
+                reason=miss.reason.value,
+                detail=miss.detail,
+            )
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+
+def _groups(taken: Sequence[Taken]) -> list[list[Taken]]:
+    """What runs in one forward each: suspects by themselves, after all others."""
+    together = [item for item in taken if not item.step.alone]
+    alone = [[item] for item in taken if item.step.alone]
+    return [together, *alone] if together else alone

@@ -1,0 +1,124 @@
+"""Asks every actor of a pipeline how it is, and the broker about its queues: the facts behind `mqinfer status`.
+
+Reads only. How it is shown belongs to the doors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mqinfer.errors import WireError
+from mqinfer.messages import Ask, Report
+from mqinfer.plan import Plan
+from mqinfer.queues import Topology, new_id
+from mqinfer.transports.base import Delivery, QueueState, Transport
+from mqinfer.wire import decode, encode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """How a stage fares, summed over its workers."""
+
+    workers: int
+    unacknowledged: float
+    rows_per_s: float
+    tokens_per_s: float
+    #: Share of the time that its workers compute, from 0 to 1.
+    busy: float
+    kv_used_bytes: float
+    kv_budget_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was seen at one moment."""
+
+    requests: QueueState | None
+    dead: QueueState | None
+    stages: tuple[QueueState | None, ...]
+    #: By actor id.
+    reports: Mapping[str, Report]
+
+    def coordinators(self) -> list[Report]:
+        """Coordinators that answered."""
+        return [report for report in self.reports.values() if report.role == "coordinator"]
+
+    def workers(self, stage: int) -> list[Report]:
+        """Workers of the stage that answered."""
+        return [report for report in self.reports.values() if report.role == "worker" and report.stage == stage]
+
+    def in_flight(self) -> int:
+        """Requests that some coordinator holds."""
+        return int(sum(report.values.get("rows", 0) for report in self.coordinators()))
+
+    def rates(self, earlier: Survey, stage: int) -> Rates:
+        """The stage's rates between two surveys; workers that did not answer both count only as present."""
+        workers = self.workers(stage)
+        both = [(earlier.reports[now.id], now) for now in workers if now.id in earlier.reports]
+
+        def rate(name: str) -> float:
+            return sum(
+                (now.values.get(name, 0.0) - then.values.get(name, 0.0)) / max(now.clock_s - then.clock_s, 1e-6)
+                for then, now in both
+            )
+
+        def total(name: str) -> float:
+            return sum(now.values.get(name, 0.0) for now in workers)
+
+        return Rates(
+            workers=len(workers),
+            unacknowledged=total("unacknowledged"),
+            rows_per_s=rate("rows"),
+            tokens_per_s=rate("tokens"),
+            busy=rate("busy_s") / max(len(both), 1),
+            kv_used_bytes=total("kv_used_bytes"),
+            kv_budget_bytes=total("kv_budget_bytes"),
+        )
+
+    def bound_stage(self, earlier: Survey) -> int | None:
+        """The stage that the pipeline waits for: the busiest where work is under way; None when idle."""
+        if not self.in_flight():
+            return None
+        unserved = [k for k in range(len(self.stages)) if not self.workers(k)]
+        if unserved:
+            return unserved[0]
+        return max(range(len(self.stages)), key=lambda stage: self.rates(earlier, stage).busy, default=None)
+
+    def complaint(self) -> str:
+        """Why nothing is computed, where that can be seen; "" otherwise."""
+        if not self.coordinators():
+            return "no coordinator answers: start one with `mqinfer coordinator`"
+        missing = [str(k) for k in range(len(self.stages)) if not self.workers(k)]
+        return f"no worker serves stage {', '.join(missing)}" if missing else ""
+
+
+async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5) -> Survey:
+    """Ask, wait `wait_s` for answers, look at the queues. Raises: TransportError."""
+    topology = Topology(plan.name)
+    replies: asyncio.Queue[Delivery] = asyncio.Queue()
+    spec = topology.reports(new_id("ask"))
+    await transport.declare(spec)
+    subscription = await transport.consume(spec.name, prefetch=0, sink=replies.put_nowait)
+    await transport.broadcast(topology.control, encode(Ask(plan=plan.digest, reply_to=spec.name)))
+    reports: dict[str, Report] = {}
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(wait_s):
+            while True:
+                delivery = await replies.get()
+                await delivery.ack()
+                with contextlib.suppress(WireError):
+                    message = decode(delivery.body)
+                    if isinstance(message, Report):
+                        reports[message.id] = message
+    await subscription.cancel()
+    await transport.delete(spec.name)
+    stages = [await transport.inspect(topology.stage(k).name) for k in range(len(plan.stages))]
+    return Survey(
+        await transport.inspect(topology.requests.name),
+        await transport.inspect(topology.dead.name),
+        tuple(stages),
+        reports,
+    )

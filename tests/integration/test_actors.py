@@ -1,0 +1,345 @@
+"""Producer, coordinators and workers together, over both transports, with a fake model that shows every mistake."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+import pytest
+from fakes import continuation, make_plan
+from fleet import PATIENCE_S, Fleet, until
+from mqinfer.wire import decode, encode
+
+from mqinfer import survey
+from mqinfer.messages import FinishReason, Request, Result, Row, Step
+from mqinfer.producer import Producer
+from mqinfer.queues import Topology, new_id
+from mqinfer.transports import open_transport
+from mqinfer.transports.base import Delivery, Transport
+
+
+class Job:
+    """A job whose results are checked as they come."""
+
+    def __init__(self, fleet: Fleet, transport: Transport) -> None:
+        self.name = new_id("job")
+        self._fleet = fleet
+        self.transport = transport
+        self._producer = Producer(transport, Topology(fleet.plan.name), self.name)
+        self.results: dict[str, Result] = {}
+        self.repeats = 0
+        self._asked: dict[str, Request] = {}
+
+    async def ask(self, count: int, *, first: int = 0, prompt: int = 9, max_tokens: int = 6, **more: object) -> None:
+        await self._producer.open()
+        requests = [
+            Request(
+                id=f"{self.name}.{i}",
+                job=self.name,
+                plan=self._fleet.plan.digest,
+                prompt=tuple(3 + (7 * i + k) % 500 for k in range(1 + (prompt + i) % (2 * prompt))),
+                max_tokens=1 + (max_tokens + i) % (2 * max_tokens),
+                **more,  # type: ignore[arg-type]
+            )
+            for i in range(first, first + count)
+        ]
+        self._asked.update({request.id: request for request in requests})
+        await self._producer.submit(requests)
+
+    async def gather(self, count: int | None = None) -> None:
+        """Until so many results have come."""
+        wanted = len(self._asked) if count is None else count
+        if not self.results:
+            await self._producer.listen(prefetch=100)
+        async with asyncio.timeout(PATIENCE_S):
+            arrivals = self._producer.arrivals()
+            while len(self.results) < wanted:
+                for message, delivery in await anext(arrivals):
+                    assert isinstance(message, Result)
+                    self.repeats += message.id in self.results
+                    self.results[message.id] = message
+                    await delivery.ack()
+
+    def check(self) -> None:
+        """Every result is the fault-free one."""
+        for name, request in self._asked.items():
+            result = self.results[name]
+            assert result.finish_reason is FinishReason.LENGTH, result.error
+            assert list(result.output) == continuation(self._fleet.plan, request.prompt, request.max_tokens)
+
+    def failures(self) -> dict[str, Result]:
+        return {name: result for name, result in self.results.items() if result.finish_reason is FinishReason.ERROR}
+
+
+@pytest.fixture
+async def fleet(transport_url: str) -> AsyncIterator[Fleet]:
+    fleet = Fleet(transport_url, make_plan(new_id("t")))
+    yield fleet
+    await fleet.close()
+
+
+@pytest.fixture
+async def job(fleet: Fleet) -> AsyncIterator[Job]:
+    transport = await open_transport(fleet.url)
+    job = Job(fleet, transport)
+    yield job
+    await job._producer.forget()
+    await transport.close()
+
+
+async def test_every_request_gets_its_one_result(fleet: Fleet, job: Job) -> None:
+    for stage in (0, 1, 1):
+        fleet.worker(stage)
+    fleet.coordinator()
+    await job.ask(60)
+    await job.gather()
+    job.check()
+    assert job.repeats == 0
+
+
+async def test_two_coordinators_and_two_workers_a_stage_share_the_work(fleet: Fleet, job: Job) -> None:
+    workers = [fleet.worker(stage) for stage in (0, 0, 1, 1)]
+    fleet.coordinator()
+    fleet.coordinator()
+    await job.ask(150)
+    await job.gather()
+    job.check()
+    assert job.repeats == 0
+    assert all(worker.engine is not None and worker.engine.computed for worker in workers)
+
+
+async def test_all_compute_happens_in_one_thread_that_is_not_the_loops(fleet: Fleet, job: Job) -> None:
+    worker = fleet.worker(0)
+    fleet.worker(1)
+    fleet.coordinator()
+    await job.ask(5)
+    await job.gather()
+    assert worker.engine is not None
+    assert len(worker.engine.threads) == 1
+
+
+async def test_when_all_is_done_every_cache_is_empty_and_every_queue_too(fleet: Fleet, job: Job) -> None:
+    workers = [fleet.worker(stage) for stage in (0, 1)]
+    coordinator = fleet.coordinator()
+    await job.ask(40)
+    await job.gather()
+    await until(lambda: all(worker.engine is not None and not worker.engine.cached_rows for worker in workers))
+    await coordinator.stop()
+    for spec in Topology(fleet.plan.name).shared(2):
+        state = await job.transport.inspect(spec.name)
+        assert state is not None
+        assert state.ready == 0
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+async def test_a_killed_worker_takes_nothing_with_it(fleet: Fleet, job: Job, stage: int) -> None:
+    doomed = fleet.worker(stage, seconds_per_forward=0.01)
+    fleet.worker(1 - stage)
+    fleet.coordinator()
+    await job.ask(60)
+    await job.gather(5)
+    await doomed.kill()
+    fleet.worker(stage)
+    await job.gather()
+    job.check()
+
+
+async def test_a_worker_killed_again_and_again_takes_nothing_with_it(fleet: Fleet, job: Job) -> None:
+    fleet.worker(0)
+    doomed = fleet.worker(1, seconds_per_forward=0.02)
+    fleet.coordinator()
+    await job.ask(60, max_tokens=12)
+    for results in (3, 10, 20, 30):
+        await job.gather(results)
+        await doomed.kill()
+        doomed = fleet.worker(1, seconds_per_forward=0.02)
+    await job.gather()
+    job.check()
+
+
+async def test_a_killed_coordinator_s_requests_are_finished_by_another(fleet: Fleet, job: Job) -> None:
+    for stage in (0, 1):
+        fleet.worker(stage, seconds_per_forward=0.01)
+    doomed = fleet.coordinator()
+    await job.ask(60)
+    await job.gather(5)
+    await doomed.kill()
+    fleet.coordinator()
+    await job.gather()
+    job.check()
+
+
+async def test_a_coordinator_goes_on_from_the_checkpoint_not_from_the_prompt(fleet: Fleet, job: Job) -> None:
+    workers = [fleet.worker(stage, seconds_per_forward=0.02) for stage in (0, 1)]
+    doomed = fleet.coordinator(checkpoint_s=0.05, lease_s=0.05)
+    await job.ask(1, max_tokens=200)
+    engine = workers[1].engine
+    assert engine is not None
+    await until(lambda: engine.computed > 150)
+    await doomed.kill()
+    request = await first_request(job, fleet)
+    assert len(request.output) > 50
+    assert list(request.output) == continuation(fleet.plan, request.prompt, len(request.output))
+    fleet.coordinator()
+    await job.gather()
+    job.check()
+
+
+async def first_request(job: Job, fleet: Fleet) -> Request:
+    """Look at the request that waits, and leave it there."""
+    arrived: asyncio.Queue[Delivery] = asyncio.Queue()
+    subscription = await job.transport.consume(
+        Topology(fleet.plan.name).requests.name, prefetch=1, sink=arrived.put_nowait
+    )
+    delivery = await asyncio.wait_for(arrived.get(), PATIENCE_S)
+    message = decode(delivery.body)
+    await subscription.cancel()
+    await delivery.requeue()
+    assert isinstance(message, Request)
+    return message
+
+
+async def test_a_drained_worker_finishes_or_gives_back_and_nothing_is_lost(fleet: Fleet, job: Job) -> None:
+    leaving = fleet.worker(0, seconds_per_forward=0.005)
+    fleet.worker(1)
+    fleet.coordinator()
+    await job.ask(60)
+    await job.gather(5)
+    fleet.worker(0)
+    await leaving.stop()
+    await job.gather()
+    job.check()
+    assert job.repeats == 0
+
+
+async def test_a_drained_coordinator_gives_its_requests_back_with_their_tokens(fleet: Fleet, job: Job) -> None:
+    for stage in (0, 1):
+        fleet.worker(stage, seconds_per_forward=0.005)
+    leaving = fleet.coordinator()
+    await job.ask(40)
+    await job.gather(5)
+    await leaving.stop()
+    fleet.coordinator()
+    await job.gather()
+    job.check()
+    assert job.repeats == 0
+
+
+async def test_a_worker_that_joins_a_running_job_gets_its_share(fleet: Fleet, job: Job) -> None:
+    for stage in (0, 1):
+        fleet.worker(stage, seconds_per_forward=0.01)
+    fleet.coordinator(rows=16)
+    await job.ask(120)
+    await job.gather(10)
+    late = fleet.worker(1)
+    await job.gather()
+    job.check()
+    assert late.engine is not None
+    assert late.engine.computed > 0
+
+
+async def test_workers_with_little_room_leave_work_in_the_queue(fleet: Fleet, job: Job) -> None:
+    small = [fleet.worker(stage, budget_rows=3) for stage in (0, 1)]
+    fleet.coordinator()
+    most = 0
+
+    def watch(rows: Sequence[Row]) -> None:
+        nonlocal most
+        most = max(most, *(worker.engine.cached_rows for worker in small if worker.engine is not None))
+
+    for worker in small:
+        assert worker.engine is not None
+        worker.engine.before = watch
+    await job.ask(40)
+    await job.gather()
+    job.check()
+    assert most <= 3
+
+
+async def test_a_request_for_another_plan_becomes_a_failure_that_says_so(fleet: Fleet, job: Job) -> None:
+    fleet.coordinator()
+    job_plan = fleet.plan
+    fleet.plan = replace(job_plan, fingerprint="e" * 64)
+    await job.ask(1)
+    await job.gather()
+    (failure,) = job.failures().values()
+    assert "plan" in failure.error
+
+
+async def test_a_worker_of_another_plan_refuses_and_the_row_fails_with_the_reason(fleet: Fleet, job: Job) -> None:
+    fleet.worker(0, plan=replace(fleet.plan, fingerprint="e" * 64))
+    fleet.worker(1)
+    fleet.coordinator()
+    await job.ask(1)
+    await job.gather()
+    (failure,) = job.failures().values()
+    assert "plan" in failure.error
+    dead = await job.transport.inspect(Topology(fleet.plan.name).dead.name)
+    assert dead is not None
+    assert dead.ready == 1
+
+
+async def test_garbage_goes_to_the_dead_letters_and_everybody_lives(fleet: Fleet, job: Job) -> None:
+    for stage in (0, 1):
+        fleet.worker(stage)
+    fleet.coordinator()
+    await job.ask(5)
+    await job.gather()
+    topology = Topology(fleet.plan.name)
+    seen = await survey.take(job.transport, fleet.plan)
+    own = [topology.worker(report.id).name for stage in (0, 1) for report in seen.workers(stage)]
+    own += [topology.coordinator(report.id).name for report in seen.coordinators()]
+    shared = [topology.requests.name, topology.stage(0).name, topology.stage(1).name]
+    row = Row(row=0, epoch=0, start=0, count=1, reserve=4)
+    wrong_stage = Step(plan=fleet.plan.digest, owner="x", microbatch=0, number=0, stage=0, rows=(row,), tokens=(5,))
+    for queue in (*own, *shared):
+        await job.transport.publish(queue, b"garbage")
+    await job.transport.publish(topology.stage(1).name, encode(wrong_stage))
+
+    async def buried() -> int:
+        state = await job.transport.inspect(topology.dead.name)
+        return state.ready if state else 0
+
+    async with asyncio.timeout(PATIENCE_S):
+        while await buried() < len(own) + len(shared) + 1:  # noqa: ASYNC110 - a queue's depth tells nobody
+            await asyncio.sleep(0.01)
+    await job.ask(10, first=5)
+    await job.gather()
+    job.check()
+
+
+async def test_the_same_request_twice_is_computed_once_while_it_is_held(fleet: Fleet, job: Job) -> None:
+    fleet.coordinator()
+    await job.ask(3)
+    await job.ask(3)
+    workers = [fleet.worker(stage) for stage in (0, 1)]
+    await job.gather()
+    job.check()
+    await until(lambda: all(worker.engine is not None and not worker.engine.cached_rows for worker in workers))
+    assert job.repeats == 0
+
+
+async def test_a_survey_sees_every_actor(fleet: Fleet, job: Job) -> None:
+    for stage in (0, 1, 1):
+        fleet.worker(stage)
+    fleet.coordinator()
+    await job.ask(3)
+    await job.gather()
+    seen = await survey.take(job.transport, fleet.plan)
+    assert len(seen.coordinators()) == 1
+    assert [len(seen.workers(stage)) for stage in (0, 1)] == [1, 2]
+    assert [state.consumers for state in seen.stages if state] == [1, 2]
+    assert seen.complaint() == ""
+
+
+async def test_a_survey_says_which_stage_nobody_serves(fleet: Fleet, job: Job) -> None:
+    fleet.worker(0)
+    coordinator = fleet.coordinator()
+    await job.ask(1)
+    async with asyncio.timeout(PATIENCE_S):
+        while (
+            seen := await survey.take(job.transport, fleet.plan, wait_s=0.2)
+        ).complaint() != "no worker serves stage 1":
+            assert not coordinator.task.done()
+    assert seen.bound_stage(seen) in (1, None)
