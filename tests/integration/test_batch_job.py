@@ -1,0 +1,242 @@
+"""A file of prompts over a fleet of fake engines: rows, resuming, detaching, memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeTokenizer, continuation, make_plan
+from fleet import PATIENCE_S, Fleet
+
+from mqinfer.batch_files import LineReader, OutputFile, Ticket
+from mqinfer.batch_job import BatchJob, collect, enqueue_all
+from mqinfer.batch_rows import Progress, Rows
+from mqinfer.errors import SettingsError
+from mqinfer.link import Connect
+from mqinfer.messages import Request
+from mqinfer.queues import Topology, new_id, results
+from mqinfer.settings import BatchSettings
+from mqinfer.transports import open_transport
+from mqinfer.transports.base import Transport
+
+TOKENIZER: Any = FakeTokenizer()
+
+
+@pytest.fixture
+async def fleet(transport_url: str) -> AsyncIterator[Fleet]:
+    fleet = Fleet(transport_url, make_plan(new_id("t")))
+    yield fleet
+    await fleet.close()
+
+
+def write_prompts(path: Path, count: int, *, bad: tuple[int, ...] = ()) -> Path:
+    lines = [
+        b"nonsense" if i in bad else json.dumps({"custom_id": f"id-{i}", "prompt": f"prompt {i}", "max_tokens": 4}).encode()
+        for i in range(1, count + 1)
+    ]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def connecting(url: str) -> Connect:
+    async def connect() -> Transport:
+        return await open_transport(url)
+
+    return connect
+
+
+class Run:
+    """One run of the batch command's inner part."""
+
+    def __init__(self, fleet: Fleet, prompts: Path, output: Path, *, window: int = 64) -> None:
+        self._fleet = fleet
+        self.file = OutputFile(output)
+        self.rows = Rows(self.file, TOKENIZER.decode_token)
+        self.ticket, resumed = Ticket.beside(output, job=new_id("job"), plan=fleet.plan.digest)
+        reader = LineReader(prompts, self.ticket.job, fleet.plan, TOKENIZER, BatchSettings())
+        self.job = BatchJob(reader, self.rows, self.ticket, fleet.plan, window=window, resumed=resumed)
+        self.stop = asyncio.Event()
+
+    async def go(self) -> None:
+        try:
+            await asyncio.wait_for(self.job.run(connecting(self._fleet.url), self.stop), PATIENCE_S)
+        finally:
+            self.file.close()
+
+    async def go_until(self, enough: Callable[[Progress], bool], *, kill: bool = False) -> None:
+        """Then stop as Ctrl-C does, or leave everything as SIGKILL does."""
+        task = asyncio.ensure_future(self.go())
+        async with asyncio.timeout(PATIENCE_S):
+            while not enough(self.rows.progress):
+                await asyncio.sleep(0.002)
+        if kill:
+            task.cancel()
+        self.stop.set()
+        await asyncio.wait({task})
+
+
+def answers(output: Path) -> dict[str | None, Any]:
+    rows = [json.loads(raw) for raw in output.read_bytes().splitlines()]
+    by_id = {row["custom_id"]: row for row in rows}
+    assert len(by_id) == len(rows), "one row per custom_id"
+    return by_id
+
+
+def check(fleet: Fleet, output: Path, count: int) -> None:
+    rows = answers(output)
+    assert set(rows) == {f"id-{i}" for i in range(1, count + 1)}
+    for i in range(1, count + 1):
+        body = rows[f"id-{i}"]["response"]["body"]
+        tokens = continuation(fleet.plan, TOKENIZER.encode(f"prompt {i}"), 4)
+        assert body["choices"][0]["text"] == TOKENIZER.decode(tokens)
+
+
+def start(fleet: Fleet, **fake: Any) -> None:
+    for stage in (0, 1):
+        fleet.worker(stage, **fake)
+    fleet.coordinator()
+
+
+async def test_a_file_of_prompts_is_answered_row_by_row(fleet: Fleet, tmp_path: Path) -> None:
+    start(fleet)
+    prompts, output = write_prompts(tmp_path / "p", 200), tmp_path / "out"
+    run = Run(fleet, prompts, output)
+    await run.go()
+    check(fleet, output, 200)
+    assert run.job.finished
+    assert not output.with_name("out.job").exists()
+    transport = await open_transport(fleet.url)
+    assert await transport.inspect(results(run.ticket.job).name) is None, "the job's queue goes when it is done"
+    await transport.close()
+
+
+async def test_bad_lines_become_error_rows_beside_the_rest(fleet: Fleet, tmp_path: Path) -> None:
+    start(fleet)
+    prompts, output = write_prompts(tmp_path / "p", 10, bad=(3,)), tmp_path / "out"
+    run = Run(fleet, prompts, output)
+    await run.go()
+    rows = answers(output)
+    assert rows[None]["error"]["line"] == 3
+    assert len(rows) == 10
+    assert (run.rows.progress.answered, run.rows.progress.failed) == (9, 1)
+
+
+@pytest.mark.parametrize("kill", [False, True])
+async def test_a_job_that_was_stopped_goes_on_and_does_nothing_twice(fleet: Fleet, tmp_path: Path, kill: bool) -> None:
+    start(fleet, seconds_per_forward=0.002)
+    prompts, output = write_prompts(tmp_path / "p", 150, bad=(7,)), tmp_path / "out"
+    await Run(fleet, prompts, output).go_until(lambda progress: progress.answered >= 20, kill=kill)
+    kept = answers(output)
+    assert len(kept) < 150
+    again = Run(fleet, prompts, output)
+    assert again.rows.progress.done == len(kept)
+    await again.go()
+    rows = answers(output)
+    assert len(rows) == 150
+    assert rows[None]["error"]["line"] == 7
+    assert all(rows[name] == row for name, row in kept.items())
+
+
+async def test_a_finished_job_run_again_does_nothing(fleet: Fleet, tmp_path: Path) -> None:
+    start(fleet)
+    prompts, output = write_prompts(tmp_path / "p", 5, bad=(2,)), tmp_path / "out"
+    await Run(fleet, prompts, output).go()
+    before = output.read_bytes()
+    computed = [actor.engine.computed for actor in fleet.actors if actor.engine]
+    await Run(fleet, prompts, output).go()
+    assert output.read_bytes() == before
+    assert [actor.engine.computed for actor in fleet.actors if actor.engine] == computed
+
+
+async def test_an_empty_file_is_done_at_once(fleet: Fleet, tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(b"")
+    await Run(fleet, tmp_path / "p", tmp_path / "out").go()
+    assert (tmp_path / "out").read_bytes() == b""
+
+
+async def test_no_more_than_the_window_is_enqueued(fleet: Fleet, tmp_path: Path) -> None:
+    prompts, output = write_prompts(tmp_path / "p", 1000), tmp_path / "out"
+    run = Run(fleet, prompts, output, window=100)
+    transport = await open_transport(fleet.url)
+    most = 0
+    task = asyncio.ensure_future(run.go())
+    for _ in range(40):
+        await asyncio.sleep(0.01)
+        state = await transport.inspect(Topology(fleet.plan.name).requests.name)
+        most = max(most, state.ready if state else 0)
+    assert 64 <= most <= 100 + 64
+    start(fleet)
+    await task
+    await transport.close()
+    check(fleet, output, 1000)
+
+
+async def test_requests_that_were_lost_are_enqueued_again(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqinfer.batch_job.STALL_S", 0.1)
+    prompts, output = write_prompts(tmp_path / "p", 30), tmp_path / "out"
+    task = asyncio.ensure_future(Run(fleet, prompts, output).go())
+    transport = await open_transport(fleet.url)
+    requests = Topology(fleet.plan.name).requests.name
+    async with asyncio.timeout(PATIENCE_S):
+        while (state := await transport.inspect(requests)) is None or state.ready < 30:
+            await asyncio.sleep(0.01)
+    assert await transport.purge(requests) == 30
+    await transport.close()
+    start(fleet)
+    await task
+    check(fleet, output, 30)
+
+
+async def test_a_detached_job_is_collected_by_whoever_knows_its_name(fleet: Fleet, tmp_path: Path) -> None:
+    start(fleet)
+    prompts, output = write_prompts(tmp_path / "p", 100, bad=(50,)), tmp_path / "out"
+    job, progress = new_id("job"), Progress()
+    reader = LineReader(prompts, job, fleet.plan, TOKENIZER, BatchSettings())
+    connect = connecting(fleet.url)
+    assert await enqueue_all(reader, fleet.plan, job, connect, progress, asyncio.Event())
+    assert progress.done == 100
+    file = OutputFile(output)
+    rows = Rows(file, TOKENIZER.decode_token)
+    assert await asyncio.wait_for(collect(job, rows, connect, asyncio.Event(), wait=True), PATIENCE_S)
+    file.close()
+    assert len(answers(output)) == 100
+    with pytest.raises(SettingsError, match="there is no job"):
+        await collect(job, rows, connect, asyncio.Event(), wait=True)
+
+
+async def test_a_collection_that_was_stopped_goes_on(fleet: Fleet, tmp_path: Path) -> None:
+    prompts, output = write_prompts(tmp_path / "p", 60), tmp_path / "out"
+    job, connect = new_id("job"), connecting(fleet.url)
+    reader = LineReader(prompts, job, fleet.plan, TOKENIZER, BatchSettings())
+    await enqueue_all(reader, fleet.plan, job, connect, Progress(), asyncio.Event())
+    nothing = OutputFile(output)
+    assert not await collect(job, Rows(nothing, TOKENIZER.decode_token), connect, asyncio.Event(), wait=False)
+    nothing.close()
+    start(fleet, seconds_per_forward=0.005)
+    stop, file = asyncio.Event(), OutputFile(output)
+    rows = Rows(file, TOKENIZER.decode_token)
+    task = asyncio.ensure_future(collect(job, rows, connect, stop, wait=True))
+    async with asyncio.timeout(PATIENCE_S):
+        while rows.progress.done < 10:
+            await asyncio.sleep(0.002)
+    stop.set()
+    assert not await task
+    file.close()
+    again = OutputFile(output)
+    rest = Rows(again, TOKENIZER.decode_token)
+    assert await asyncio.wait_for(collect(job, rest, connect, asyncio.Event(), wait=True), PATIENCE_S)
+    again.close()
+    check(fleet, output, 60)
+
+
+def test_a_request_says_which_line_it_was(tmp_path: Path) -> None:
+    plan = make_plan("p")
+    reader = LineReader(write_prompts(tmp_path / "p", 3), "job", plan, TOKENIZER, BatchSettings())
+    (chunk,) = reader.chunks(lambda number, custom_id: number == 2)
+    assert [request.id for request in chunk.requests.values() if isinstance(request, Request)] == ["job.1", "job.3"]
