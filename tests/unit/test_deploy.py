@@ -1,0 +1,168 @@
+"""What can be known of deploy/, constraints.txt and examples/ without systemd, Docker or a model running."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from typer.core import TyperGroup
+
+from mqinfer import settings
+from mqinfer.batch_files import parse_line, read_lines
+from mqinfer.cli import app
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+WORKER = DEPLOY / "mqinfer-worker@.service"
+COORDINATOR = DEPLOY / "mqinfer-coordinator.service"
+INSTALLED = "/opt/mqinfer/bin/mqinfer"
+
+#: systemd 254 brought them; an older one says so and goes on.
+NEWER_KEYS = ("RestartSteps", "RestartMaxDelaySec")
+
+
+def read_unit(path: Path) -> dict[str, list[str]]:
+    """Key -> its values, over all sections."""
+    pairs = [line.split("=", 1) for line in path.read_text().splitlines() if re.match(r"[A-Z]\w+=", line)]
+    return {key: [value for other, value in pairs if other == key] for key, _ in pairs}
+
+
+def compose() -> dict[str, Any]:
+    services: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    return services
+
+
+def check_command(arguments: list[str]) -> None:
+    """Parse a command line as `mqinfer` does, without running it; an unknown option is an exception."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    context = group.context_class(group)
+    _, command, rest = group.resolve_command(context, arguments)
+    assert command is not None
+    command.make_context(arguments[0], rest, parent=context)
+
+
+def as_installed(unit: Path, folder: Path) -> Path:
+    """A copy of the unit whose program exists on this machine."""
+    copy = folder / unit.name
+    copy.write_text(unit.read_text().replace(INSTALLED, sys.executable))
+    return copy
+
+
+@pytest.mark.parametrize("unit", [WORKER, COORDINATOR], ids=lambda unit: unit.stem)
+def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        if os.environ.get("CI"):
+            pytest.fail("systemd-analyze is missing (apt-get install systemd)")
+        pytest.skip("systemd-analyze is not on this machine")
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(as_installed(unit, tmp_path))],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    complaints = [line for line in done.stderr.splitlines() if not any(f"'{key}'" in line for key in NEWER_KEYS)]
+    assert (done.returncode, complaints) == (0, [])
+
+
+@pytest.mark.parametrize(("instance", "stage"), [("2", "2"), ("2-b", "2"), ("12-gpu-1", "12")])
+def test_the_stage_of_a_worker_unit_is_what_stands_before_the_first_dash(instance: str, stage: str) -> None:
+    (line,) = read_unit(WORKER)["ExecStart"]
+    for escaped, plain in (("$$", "$"), ("%i", instance), ("%%", "%"), (INSTALLED, "echo")):
+        line = line.replace(escaped, plain)
+    said = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=10, check=True)  # noqa: S602
+    assert said.stdout.split() == ["worker", "--stage", stage]
+    check_command(said.stdout.split())
+
+
+def test_the_coordinator_unit_runs_a_command_that_exists() -> None:
+    (line,) = read_unit(COORDINATOR)["ExecStart"]
+    program, *arguments = line.split()
+    assert program == INSTALLED
+    check_command(arguments)
+
+
+@pytest.mark.parametrize("unit", [WORKER, COORDINATOR], ids=lambda unit: unit.stem)
+def test_a_unit_has_time_to_drain_and_comes_back(unit: Path) -> None:
+    keys = read_unit(unit)
+    drain_s = settings.WorkerSettings.model_fields["drain_s"].default
+    assert int(keys["TimeoutStopSec"][0]) >= drain_s + 60
+    assert keys["Restart"] == ["always"]
+    assert keys["StartLimitIntervalSec"] == ["0"]
+    assert "RestartPreventExitStatus" not in keys  # a broker that is down for a while ends in exit code 2, too
+
+
+def test_the_sandbox_of_a_worker_leaves_it_the_gpu() -> None:
+    hiding = {"PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock", "MemoryDenyWriteExecute", "PrivateUsers"}
+    assert hiding & read_unit(WORKER).keys() == set()
+
+
+def test_every_variable_of_the_example_is_a_setting() -> None:
+    names = set(re.findall(r"MQINFER_([A-Z_]+)=", (DEPLOY / "mqinfer.env.example").read_text()))
+    known = {name.upper() for name in settings.WorkerSettings.model_fields}
+    assert names <= known
+    assert {"BROKER", "PIPELINE", "DEVICE", "KV_BYTES"} <= names
+
+
+def test_compose_runs_a_coordinator_and_each_stage_of_its_plan_once() -> None:
+    services = compose()
+    plan = services["plan"]["command"]
+    stages = [service["command"][2] for service in services.values() if service.get("command", [""])[0] == "worker"]
+    assert stages == [str(stage) for stage in range(int(plan[plan.index("--stages") + 1]))]
+    assert services["coordinator"]["command"] == ["coordinator"]
+
+
+def test_every_command_of_compose_exists() -> None:
+    for service in compose().values():
+        if "command" in service:
+            check_command(service["command"])
+    check_command([*compose()["batch"]["entrypoint"][1:], str(ROOT / "examples" / "prompts.jsonl"), "-o", "x.jsonl"])
+
+
+def test_every_actor_of_compose_waits_for_the_broker_and_the_plan_and_may_drain() -> None:
+    for name, service in compose().items():
+        if name.startswith(("coordinator", "stage-")):
+            assert service["depends_on"] == {
+                "rabbitmq": {"condition": "service_healthy"},
+                "plan": {"condition": "service_completed_successfully"},
+            }
+            assert service["stop_grace_period"] == "90s"
+            assert {"MQINFER_BROKER", "MQINFER_PIPELINE"} <= service["environment"].keys()
+
+
+def test_all_that_the_image_copies_is_sent_to_its_build() -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    sent = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
+    assert {name for line in copied for name in line.split()} == sent
+
+
+def test_the_constraints_pin_every_direct_dependency_to_a_version_that_fits() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = itertools.chain(project["dependencies"], *project["optional-dependencies"].values())
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(name): version
+        for name, version in (line.split("==") for line in lines if line and line[0] != "#")
+    }
+    needs = {canonicalize_name(need.name): need.specifier for need in map(Requirement, wanted)}
+    assert pins.keys() == needs.keys()
+    assert [name for name, specifier in needs.items() if pins[name] not in specifier] == []
+
+
+def test_every_example_prompt_is_a_good_line() -> None:
+    lines = [parse_line(number, raw) for number, raw in read_lines(ROOT / "examples" / "prompts.jsonl")]
+    assert len({line.custom_id for line in lines}) == len(lines)
+    assert {type(line.body).__name__ for line in lines} == {"ChatBody", "CompletionBody"}
