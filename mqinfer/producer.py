@@ -14,7 +14,7 @@ from mqinfer.errors import TransportError, WireError
 from mqinfer.link import bury, publish_declared
 from mqinfer.messages import JobTotal, Request, Result
 from mqinfer.queues import Topology, results
-from mqinfer.transports.base import Delivery, Transport
+from mqinfer.transports.base import Delivery, Subscription, Transport
 from mqinfer.wire import decode, encode
 
 #: Publishes that wait for their confirm at the same time.
@@ -37,6 +37,7 @@ class Producer:
         self._results = results(job)
         self.job = job
         self._inbox: asyncio.Queue[Delivery] = asyncio.Queue()
+        self._subscription: Subscription | None = None
 
     async def open(self) -> None:
         """Make the job's queues where they are not there. Raises: TransportError."""
@@ -64,7 +65,9 @@ class Producer:
 
     async def listen(self, *, prefetch: int) -> None:
         """Let results come. Raises: Unroutable where the job does not exist."""
-        await self._transport.consume(self._results.name, prefetch=prefetch, sink=self._inbox.put_nowait)
+        self._subscription = await self._transport.consume(
+            self._results.name, prefetch=prefetch, sink=self._inbox.put_nowait
+        )
 
     async def arrivals(self) -> AsyncIterator[list[Arrival]]:
         """Lists of what has come since the last, never empty; what can't be read goes to the dead letters."""
@@ -93,4 +96,6 @@ class Producer:
 
     async def forget(self) -> None:
         """The job is over: its results queue goes."""
+        if self._subscription is not None:
+            await self._subscription.cancel()
         await self._transport.delete(self._results.name)
