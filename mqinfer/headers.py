@@ -106,13 +106,11 @@ def _digest(file: BinaryIO, name: str, tensor: TensorHeader) -> bytes:
 
 def _read_sharded(folder: Path) -> dict[str, TensorHeader]:
     places = _weight_map(folder / INDEX_FILE)
-    tensors: dict[str, TensorHeader] = {}
-    for name in sorted(set(places.values())):
-        tensors |= read_file(folder / name)
-    missing = sorted(key for key, name in places.items() if key not in tensors or tensors[key].file != name)
-    if missing:
-        raise PlanError(f"{folder / places[missing[0]]} lacks {missing[0]}, which {INDEX_FILE} promises")
-    return {key: tensors[key] for key in places}
+    files = {name: read_file(folder / name) for name in sorted(set(places.values()))}
+    for key, name in places.items():
+        if key not in files[name]:
+            raise PlanError(f"{folder / name} lacks {key}, which {INDEX_FILE} promises")
+    return {key: files[name][key] for key, name in places.items()}
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ from mqinfer.messages import Sampling, TokenLogprob
 #: Below this a temperature means greedy: logits divided by it would leave float32.
 GREEDY_BELOW = 1e-5
 
-#: How many of the likeliest tokens are sorted at first. Sorting all 49,152 of 32 rows takes 174 ms, these 11 ms.
+#: How many of the likeliest tokens are sorted at first: 32 rows of 49,152 with top-p take 20 ms instead of 158 ms.
 CANDIDATES = 512
 
 #: Sums of float32 probabilities may differ by so much with the order of adding.
@@ -78,31 +78,25 @@ class Sampler:
         if not bool(torch.isfinite(likeliest).all()):
             raise ComputeError("the model's logits are not finite")
         free = [row for row, sampling in enumerate(samplings) if sampling.temperature >= GREEDY_BELOW]
-        if free:
-            settings = [samplings[row] for row in free]
-            chances = [uniform(samplings[row].seed, positions[row]) for row in free]
-            tokens[free] = self._draw(logits[free], settings, chances)
+        limited = [row for row in free if samplings[row].top_k or samplings[row].top_p < 1]
+        plain = [row for row in free if row not in limited]
+        for rows, draw in ((limited, self._draw_limited), (plain, _draw_plain)):
+            if rows:
+                chances = [uniform(samplings[row].seed, positions[row]) for row in rows]
+                tokens[rows] = draw(logits[rows], [samplings[row] for row in rows], chances)
         logprobs = _logprobs(logits, tokens, samplings)
         return [Drawn(token=token, logprob=logprob) for token, logprob in zip(tokens.tolist(), logprobs, strict=True)]
 
-    def _draw(self, logits: Tensor, settings: Sequence[Sampling], chances: Sequence[float]) -> Tensor:
-        warm = logits / _column([sampling.temperature for sampling in settings], logits)
-        chance = _column(chances, logits, torch.float64)
+    def _draw_limited(self, logits: Tensor, samplings: Sequence[Sampling], chances: Sequence[float]) -> Tensor:
+        warm, chance = _warm(logits, samplings), _column(chances, logits)
         limits = Limits(
-            top_k=_column([sampling.top_k for sampling in settings], logits, torch.int64),
-            top_p=_column([sampling.top_p for sampling in settings], logits, torch.float64),
+            top_k=_column([sampling.top_k for sampling in samplings], logits, torch.int64),
+            top_p=_column([sampling.top_p for sampling in samplings], logits, torch.float64),
         )
-        limited = ((limits.top_k > 0) | (limits.top_p < 1))[:, 0]
-        tokens = torch.empty(len(settings), dtype=torch.int64, device=logits.device)
-        tokens[limited] = self._draw_limited(warm[limited], limits[limited], chance[limited])
-        tokens[~limited] = _inverse_cdf(warm[~limited], chance[~limited])
-        return tokens
-
-    def _draw_limited(self, logits: Tensor, limits: Limits, chance: Tensor) -> Tensor:
-        quick, sure = quick_shortlist(logits, limits, self._candidates)
+        quick, sure = quick_shortlist(warm, limits, self._candidates)
         tokens = _pick(quick, chance)
         if not bool(sure.all()):
-            tokens[~sure] = _pick(exact_shortlist(logits[~sure], limits[~sure]), chance[~sure])
+            tokens[~sure] = _pick(exact_shortlist(warm[~sure], limits[~sure]), chance[~sure])
         return tokens
 
 
@@ -136,7 +130,7 @@ def quick_shortlist(logits: Tensor, limits: Limits, candidates: int) -> tuple[Sh
     last = values.gather(-1, limits.top_k.clamp(min=1, max=values.shape[-1]) - 1)
     in_k = ~has_k | (values >= last)
     weights = (values - values[:, :1]).double().exp() * in_k
-    everything = (logits - values[:, :1]).exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    everything = (logits - values[:, :1]).exp().sum(dim=-1, keepdim=True).double()
     total = torch.where(has_k, weights.sum(dim=-1, keepdim=True), everything)
     before = (weights.cumsum(dim=-1) - weights) / total
     kept = (in_k & (~has_p | (before < limits.top_p))).sum(dim=-1, keepdim=True).clamp(min=1)
@@ -154,6 +148,14 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return tokens.gather(-1, order.indices), order.values
 
 
+def _draw_plain(logits: Tensor, samplings: Sequence[Sampling], chances: Sequence[float]) -> Tensor:
+    return _inverse_cdf(_warm(logits, samplings), _column(chances, logits))
+
+
+def _warm(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    return logits / _column([sampling.temperature for sampling in samplings], logits)
+
+
 def _pick(shortlist: Shortlist, chance: Tensor) -> Tensor:
     beyond = torch.arange(shortlist.logits.shape[-1], device=chance.device) >= shortlist.kept[:, None]
     places = _inverse_cdf(shortlist.logits.masked_fill(beyond, -torch.inf), chance)
@@ -163,11 +165,13 @@ def _pick(shortlist: Shortlist, chance: Tensor) -> Tensor:
 def _inverse_cdf(logits: Tensor, chance: Tensor) -> Tensor:
     """The place in each row ([rows]) where the sum of probabilities, from the first on, passes the chance.
 
-    The running sum is added in order, so that more columns of no weight behind the last change nothing.
+    The sum runs in order, so that columns of no weight behind the last change nothing. float32: double takes 15 ms
+    more for 32 rows of 49,152, for tokens less likely than one in ten million.
     """
-    sums = (logits - logits.amax(dim=-1, keepdim=True)).double().exp().cumsum(dim=-1)
-    places = torch.searchsorted(sums, chance * sums[:, -1:], right=True)
-    return places.clamp(max=logits.shape[-1] - 1)[:, 0]
+    sums = (logits - logits.amax(dim=-1, keepdim=True)).exp().cumsum(dim=-1)
+    total = sums[:, -1:]
+    below = torch.minimum(chance * total, total.nextafter(torch.zeros_like(total)))  # the product may be rounded up
+    return torch.searchsorted(sums, below, right=True)[:, 0]
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, samplings: Sequence[Sampling]) -> list[TokenLogprob | None]:
