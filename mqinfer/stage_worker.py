@@ -336,9 +336,7 @@ class WorkerSession:
     def _count(self, steps: Sequence[Step], seconds: float) -> None:
         rows = sum(len(step.rows) for step in steps)
         tokens = sum(row.count for step in steps for row in step.rows)
-        self._counts.update(
-            {"forwards": 1, "steps": len(steps), "rows": rows, "tokens": tokens, "busy_s": seconds}
-        )
+        self._counts.update({"forwards": 1, "steps": len(steps), "rows": rows, "tokens": tokens, "busy_s": seconds})
         emit(STEP_COMPUTED, stage=self._stage, microbatches=len(steps), rows=rows, tokens=tokens, seconds=seconds)
 
     @staticmethod

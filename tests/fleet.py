@@ -91,5 +91,5 @@ class Fleet:
 async def until(condition: Callable[[], bool]) -> None:
     """Look until it is so."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - there is no event to wait for in another actor's state
+        while not condition():
             await asyncio.sleep(0.005)

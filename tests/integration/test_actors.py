@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 from fakes import continuation, make_plan
 from fleet import PATIENCE_S, Fleet, until
-from mqinfer.wire import decode, encode
 
 from mqinfer import survey
 from mqinfer.messages import FinishReason, Request, Result, Row, Step
@@ -17,6 +16,7 @@ from mqinfer.producer import Producer
 from mqinfer.queues import Topology, new_id
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Delivery, Transport
+from mqinfer.wire import decode, encode
 
 
 class Job:
@@ -302,7 +302,7 @@ async def test_garbage_goes_to_the_dead_letters_and_everybody_lives(fleet: Fleet
         return state.ready if state else 0
 
     async with asyncio.timeout(PATIENCE_S):
-        while await buried() < len(own) + len(shared) + 1:  # noqa: ASYNC110 - a queue's depth tells nobody
+        while await buried() < len(own) + len(shared) + 1:
             await asyncio.sleep(0.01)
     await job.ask(10, first=5)
     await job.gather()

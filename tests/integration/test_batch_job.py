@@ -34,11 +34,9 @@ async def fleet(transport_url: str) -> AsyncIterator[Fleet]:
 
 
 def write_prompts(path: Path, count: int, *, bad: tuple[int, ...] = ()) -> Path:
-    lines = [
-        b"nonsense" if i in bad else json.dumps({"custom_id": f"id-{i}", "prompt": f"prompt {i}", "max_tokens": 4}).encode()
-        for i in range(1, count + 1)
-    ]
-    path.write_bytes(b"\n".join(lines) + b"\n")
+    good = {i: {"custom_id": f"id-{i}", "prompt": f"prompt {i}", "max_tokens": 4} for i in range(1, count + 1)}
+    lines = ["nonsense" if i in bad else json.dumps(line) for i, line in good.items()]
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 

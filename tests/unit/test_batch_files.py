@@ -26,7 +26,7 @@ from mqinfer.batch_files import (
 )
 from mqinfer.batch_rows import LineSet
 from mqinfer.errors import SettingsError
-from mqinfer.messages import FinishReason, Request, Result, Sampling, TokenLogprob
+from mqinfer.messages import FinishReason, Request, Result, TokenLogprob
 from mqinfer.settings import BatchSettings
 
 PLAN = make_plan("tiny", context_tokens=40)
