@@ -183,7 +183,16 @@ class StageEngine:
             nothing = torch.empty(0, device=self.device)
             return [Job(owner=work.owner, row=row, inputs=nothing, refusal=refusal) for row in work.rows]
         parts = inputs.split_with_sizes(counts)
-        return [Job(owner=work.owner, row=row, inputs=part) for row, part in zip(work.rows, parts, strict=True)]
+        jobs = [Job(owner=work.owner, row=row, inputs=part) for row, part in zip(work.rows, parts, strict=True)]
+        if self.first and not self._in_vocabulary(inputs):
+            for job in jobs:
+                if not self._in_vocabulary(job.inputs):
+                    job.refusal = Refusal(MissReason.COMPUTE, "a token outside of the vocabulary")
+        return jobs
+
+    def _in_vocabulary(self, tokens: Tensor) -> bool:
+        """On a GPU an index out of range would take the whole process with it."""
+        return bool(((tokens >= 0) & (tokens < self._vocab_size)).all())
 
     def _run_wave(self, groups: Sequence[Sequence[Job]]) -> None:
         ready = []
@@ -195,7 +204,7 @@ class StageEngine:
 
     def _prepare(self, job: Job) -> None:
         """Give the job its entry, or the reason why it has none."""
-        job.refusal = job.refusal or self._out_of_range(job)
+        job.refusal = job.refusal or self._out_of_range(job.row)
         if job.refusal is not None:
             return
         try:
@@ -209,13 +218,10 @@ class StageEngine:
         else:
             job.entry = prepared
 
-    def _out_of_range(self, job: Job) -> Refusal | None:
-        """On a GPU an index out of range would take the whole process with it."""
-        if job.row.start < 0 or job.row.start + job.row.count > self._model.max_tokens:
-            return Refusal(MissReason.NEVER, f"the model's positions end at {self._model.max_tokens}")
-        if self.first and not bool(((job.inputs >= 0) & (job.inputs < self._vocab_size)).all()):
-            return Refusal(MissReason.COMPUTE, "a token outside of the vocabulary")
-        return None
+    def _out_of_range(self, row: Row) -> Refusal | None:
+        if row.start >= 0 and row.start + row.count <= self._model.max_tokens:
+            return None
+        return Refusal(MissReason.NEVER, f"the model's positions end at {self._model.max_tokens}")
 
     def _attempt(self, groups: Sequence[Sequence[Job]]) -> None:
         """All groups in one forward; where that fails each group by itself, then each job."""
@@ -287,6 +293,7 @@ class StageEngine:
         """A row that failed is replayed from its beginning; what is left of it here would only take room."""
         reason = MissReason.MEMORY if isinstance(error, OutOfMemory) else MissReason.COMPUTE
         job.refusal = Refusal(reason, str(error))
+        job.entry = None  # or its tensors would outlive the drop until the run ends
         self._cache.drop(job.owner, job.row.row)
 
     def _done(self, jobs: Sequence[Job]) -> Done:

@@ -6,13 +6,14 @@ to have. Nothing is downloaded here, and no forward runs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -20,6 +21,8 @@ from mqinfer.errors import PlanError
 from mqinfer.plan import DTYPES, Plan, StageSpec
 from mqinfer.pruning import stage_class
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 #: Rotary encodings that change for a whole forward when one row gets long.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -45,22 +48,43 @@ def read_stage(
 ) -> PreTrainedModel:
     """The family's model with the stage's layers and their weights, on the CPU. Raises: PlanError."""
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    whole: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    reader: Any = stage_class(whole, spec)  # its return type changes with output_loading_info
     model: PreTrainedModel
-    with _quiet(), _translated(f"the weights in {folder} can't be read"):
+    with _quiet(), _translated(f"the weights in {folder} can't be read"), _tensors(folder) as tensors:
+        whole: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        reader: Any = stage_class(whole, spec)  # its return type changes with output_loading_info
         model, report = reader.from_pretrained(
-            folder,
+            None,
             config=config,
+            state_dict=tensors,
             dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, with their names
             **options,
         )
     _check(report, folder)
     return model
+
+
+@contextmanager
+def _tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every tensor of the checkpoint by name, to be read when it is asked for.
+
+    Not mapped into memory: what is replaced on disk must not change a model that runs.
+    """
+    with ExitStack() as opened:
+        slices: dict[str, Any] = {}
+        for path in _files(folder):
+            file: Any = opened.enter_context(safe_open(path, framework="pt", backend="pread"))
+            slices.update((name, file.get_slice(name)) for name in file.keys())  # noqa: SIM118 - it is no mapping
+        yield slices
+
+
+def _files(folder: Path) -> list[Path]:
+    """The checkpoint's files: one, or those that its index names."""
+    if not (folder / INDEX_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    names = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
+    return [folder / Path(name).name for name in names]  # an index from a stranger must not lead out of the folder
 
 
 def rope_limit(config: PretrainedConfig) -> int | None:
