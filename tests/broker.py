@@ -31,14 +31,17 @@ class Broker(Protocol):
     @property
     def url(self) -> str: ...
 
+    def stop(self) -> None:
+        """End it as an operator does: it writes down all that is durable first."""
+
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """End it as a power cut would. Confirmed messages outlive it; a queue declared just before may not."""
 
     def start(self) -> None:
         """Start it on the same data and port; returns when it answers."""
 
     def restart(self) -> None:
-        """`kill`, then `start`."""
+        """`stop`, then `start`."""
 
 
 class GivenBroker:
@@ -47,10 +50,10 @@ class GivenBroker:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def kill(self) -> None:
+    def stop(self) -> None:
         pytest.skip("the broker of MQINFER_TEST_AMQP_URL is not ours to stop")
 
-    start = restart = kill
+    start = restart = kill = stop
 
 
 class DockerBroker:
@@ -61,6 +64,9 @@ class DockerBroker:
         self._container = container
         self._port = port
 
+    def stop(self) -> None:
+        self._container.stop()
+
     def kill(self) -> None:
         self._container.kill()
 
@@ -69,7 +75,7 @@ class DockerBroker:
         self.wait()
 
     def restart(self) -> None:
-        self.kill()
+        self.stop()
         self.start()
 
     def wait(self) -> None:
@@ -113,7 +119,9 @@ def docker_broker() -> Iterator[DockerBroker]:
     from testcontainers.core.container import DockerContainer
 
     (port,) = free_ports(1)
-    with DockerContainer(DOCKER_IMAGE).with_bind_ports(5672, ("127.0.0.1", port)) as container:
+    image = DockerContainer(DOCKER_IMAGE)
+    image.ports["5672"] = ("127.0.0.1", port)  # with_bind_ports would bind it to every interface
+    with image as container:
         broker = DockerBroker(container.get_wrapped_container(), port)
         broker.wait()
         yield broker

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from ssl import SSLContext
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
 
 class Proxy:
-    """Forwards connections of this event loop to the host and port of `url`, until told otherwise."""
+    """Forwards connections to the host and port of `url`, until told otherwise; with `tls` it is what speaks TLS."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, tls: SSLContext | None = None) -> None:
         self._parts = urlsplit(url)
+        self._tls = tls
         self._server: asyncio.Server | None = None
         #: Both writers of each connection, in the order of connecting.
         self._pairs: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
@@ -27,7 +29,8 @@ class Proxy:
             raise RuntimeError("the proxy does not run")
         port = self._server.sockets[0].getsockname()[1]
         login, at, _ = self._parts.netloc.rpartition("@")
-        return urlunsplit(self._parts._replace(netloc=f"{login}{at}127.0.0.1:{port}"))
+        scheme = "amqps" if self._tls else self._parts.scheme
+        return urlunsplit(self._parts._replace(scheme=scheme, netloc=f"{login}{at}127.0.0.1:{port}"))
 
     def cut(self, only: int | None = None) -> None:
         """Reset every connection, or only the one of that number."""
@@ -40,7 +43,7 @@ class Proxy:
         self._flowing.clear()
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
         return self
 
     async def __aexit__(self, *_: object) -> None:

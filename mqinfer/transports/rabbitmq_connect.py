@@ -102,14 +102,16 @@ def _words(cause: BaseException, where: str, url: URL, timeout_s: float) -> str 
             # aiormq drops what the broker said, but this is the frame that it answers to the name of the vhost.
             return f"the vhost {_vhost(url)!r} does not exist at {where}, or user {url.user or 'guest'} may not use it"
         case ssl.SSLError():
-            return f"TLS with {where} failed: {cause.reason or cause}"
+            return f"TLS with {where} failed: {cause.strerror or cause}"
         case socket.gaierror():
             return f"the host {url.host} is unknown"
         case TimeoutError():
             return f"{where} did not answer within {timeout_s:g} s"
+        case FileNotFoundError() | PermissionError():
+            return f"a certificate or key that the URL names can't be read: {cause.strerror}"
         case asyncio.IncompleteReadError() | ConnectionResetError():
             return f"what listens at {where} does not speak AMQP" + (" (or it wants amqps://)" if not _tls(url) else "")
-        case OSError():
+        case OSError() if not isinstance(cause, AMQPError):
             return _os_words(cause, where)
         case _:
             return None

@@ -103,6 +103,9 @@ class Link:
             raise self._lost(error) from error
         except (AMQPError, OSError, RuntimeError) as error:
             raise self._lost(error) from error
+        finally:
+            if _cancelling() > cancelling:  # aiormq swallows a cancellation that meets it closing a channel
+                raise asyncio.CancelledError
 
     @asynccontextmanager
     async def throw_away_channel(self, queue: str) -> AsyncIterator[RawChannel]:

@@ -81,7 +81,7 @@ class Links:
 async def until(holds: Callable[[], Awaitable[bool]]) -> None:
     """Ask the broker again and again: it has no event for what we wait for."""
     async with asyncio.timeout(PATIENCE_S):
-        while not await holds():  # noqa: ASYNC110  the broker sets no event of ours
+        while not await holds():
             await asyncio.sleep(0.01)
 
 

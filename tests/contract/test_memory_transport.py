@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
-from link_harness import ended
+from link_harness import Inbox, ended
 
 from mqinfer.errors import Disconnected, Unroutable
 from mqinfer.queues import QueueSpec, new_id
@@ -50,14 +51,10 @@ def test_a_broker_ends_with_its_event_loop() -> None:
 
 
 async def test_a_body_that_its_publisher_changes_later_stays_what_it_was() -> None:
-    link = await open_transport(f"memory://{new_id('test')}")
+    link, inbox = await open_transport(f"memory://{new_id('test')}"), Inbox()
     await link.declare(QUEUE)
-    buffer = bytearray(b"before")
+    buffer: Any = bytearray(b"before")
     await link.publish(QUEUE.name, buffer)
     buffer[:] = b"after!"
-    bodies: list[bytes] = []
-    got = asyncio.Event()
-
-    await link.consume(QUEUE.name, prefetch=1, sink=lambda delivery: (bodies.append(delivery.body), got.set())[1])
-    await asyncio.wait_for(got.wait(), 10)
-    assert bodies == [b"before"]
+    await link.consume(QUEUE.name, prefetch=1, sink=inbox)
+    assert await inbox.bodies(1) == [b"before"]

@@ -48,7 +48,7 @@ def test_without_rabbitmq_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.broker
 @pytest.mark.skipif(private_broker.find_server() is None, reason="rabbitmq-server is not installed")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_script_serves_until_it_is_ended_and_leaves_nothing(folder: Path, number: signal.Signals) -> None:
     environment = os.environ | {"TMPDIR": str(folder)}
     with subprocess.Popen([SCRIPT], stdout=subprocess.PIPE, text=True, env=environment) as script:

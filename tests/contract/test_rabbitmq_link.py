@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import re
+import shutil
+import ssl
+import subprocess
 import traceback
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
-from broker import Broker
+from aio_pika.exceptions import AMQPConnectionError
+from broker import Broker, give_up
 from link_harness import Inbox, Links, NewQueue, ended, until_gone
 from private_broker import free_ports
+from proxy import Proxy
 from yarl import URL
 
 from mqinfer.errors import Disconnected, MqinferError, Refused, SettingsError
@@ -20,6 +28,7 @@ from mqinfer.queues import QueueSpec
 from mqinfer.transports import open_transport, rabbitmq_link
 from mqinfer.transports.base import QueueState, Transport
 from mqinfer.transports.rabbitmq import RabbitmqTransport
+from mqinfer.transports.rabbitmq_connect import why
 
 pytestmark = pytest.mark.broker
 
@@ -54,11 +63,11 @@ async def servers() -> AsyncIterator[dict[str, int]]:
         yield ports
 
 
-async def refusal(url: URL, caplog: pytest.LogCaptureFixture) -> str:
+async def refusal(url: URL, caplog: pytest.LogCaptureFixture, *, timeout_s: float = 20) -> str:
     """Try to open it; what the person is told. The password is in no message and in no log."""
     caplog.set_level(logging.DEBUG)
     with pytest.raises(MqinferError) as caught:
-        await open_transport(str(url), timeout_s=1)
+        await open_transport(str(url), timeout_s=timeout_s)
     assert SECRET not in caplog.text + "".join(traceback.format_exception(caught.value))
     assert isinstance(caught.value, Refused)
     return str(caught.value)
@@ -90,7 +99,7 @@ async def test_an_address_where_no_broker_answers_is_refused_in_clear_words(
 ) -> None:
     for name, port in servers.items():
         url = url.replace(f":{name}/", f":{port}/")
-    assert words in await refusal(URL(url), caplog)
+    assert words in await refusal(URL(url), caplog, timeout_s=1 if "within 1 s" in words else 20)
 
 
 async def test_tls_with_a_broker_that_does_not_speak_it_is_refused_in_clear_words(
@@ -99,6 +108,60 @@ async def test_tls_with_a_broker_that_does_not_speak_it_is_refused_in_clear_word
     url = URL(amqp_url)
     plain = url.with_scheme("amqps").with_password(SECRET).with_port(url.port)
     assert f"TLS with {url.host}:{url.port} failed" in await refusal(plain, caplog)
+
+
+async def test_a_connection_that_is_refused_leaves_no_task_behind(
+    servers: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "aiormq")  # a captured record would keep the connection alive
+    with pytest.raises(Refused):
+        await open_transport(f"amqp://127.0.0.1:{servers['nobody']}/")
+    gc.collect()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody vouches for, with its key in the same file."""
+    if shutil.which("openssl") is None:
+        give_up("openssl is not installed")
+    path = tmp_path / "certificate.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {path} -out {path}.crt -days 1 -subj /CN=test"
+    subprocess.run([*command.split(), "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
+    return path
+
+
+async def test_messages_go_over_tls_to_a_broker_whose_certificate_the_url_vouches_for(
+    amqp_url: str, new_queue: NewQueue, certificate: Path
+) -> None:
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    queue, body = new_queue(), bytes(1 << 20)
+    async with Proxy(amqp_url, tls=tls) as proxy:
+        link = await open_transport(f"{proxy.url}?cafile={certificate}")
+        await link.declare(queue)
+        await link.publish(queue.name, body)
+        assert await link.delete(queue.name) == 1
+        await link.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            ssl.SSLCertVerificationError(1, "certificate verify failed"),
+            "TLS with host:5671 failed: certificate verify failed",
+        ),
+        (FileNotFoundError(2, "No such file"), "a certificate or key that the URL names can't be read: No such file"),
+        (OSError(113, "No route to host"), "host:5671 can't be reached: No route to host"),
+        (AMQPConnectionError("anything else"), "the broker at host:5671 refused the connection: anything else"),
+    ],
+)
+def test_a_cause_is_told_in_words(error: Exception, words: str) -> None:
+    outer = AMQPConnectionError("anything else")
+    outer.__cause__ = error
+    assert re.fullmatch(words, why(outer, URL("amqps://host"), 1))
 
 
 @pytest.mark.parametrize("url", [f"http://guest:{SECRET}@host", f"amqp://guest:{SECRET}@host:port", "amqp:///", "host"])
@@ -192,6 +255,7 @@ async def test_questions_and_subscriptions_leave_no_channel_behind(
     before = traces(link)
     for _ in range(10):
         assert await link.inspect(missing.name) is None
+        assert await link.inspect(queue.name) is not None
         await link.publish(queue.name, b"body")
         subscription = await link.consume(queue.name, prefetch=1, sink=inbox)
         delivery = await inbox.take()
@@ -219,3 +283,20 @@ async def test_what_is_persistent_outlives_a_restart_of_the_broker_and_the_rest_
     await again.declare(QueueSpec(name=queue.name))
     await again.consume(queue.name, prefetch=1, sink=inbox)
     assert await inbox.bodies(1) == [b"persistent"]
+
+
+async def test_a_cancellation_that_aiormq_swallows_still_cancels(links: Links) -> None:
+    for delay in range(40):
+        link = await links.open()
+        task = asyncio.ensure_future(inspect_for_ever(link))
+        await asyncio.sleep(delay / 4000)  # so that it meets every stage of opening, asking and closing
+        task.cancel()
+        _, stuck = await asyncio.wait({task}, timeout=10)
+        assert not stuck
+        await asyncio.gather(task, return_exceptions=True)
+        await link.close()
+
+
+async def inspect_for_ever(link: Transport) -> None:
+    while True:
+        await link.inspect("mqinfer.test.not-there")

@@ -180,6 +180,11 @@ async def test_cancelling_twice_is_harmless_and_the_queue_can_be_consumed_again(
         for delivery in [await inbox.take() for _ in range(len(inbox))]:
             await delivery.requeue()
     await until_ready(link, queue.name, 1)
+    await link.purge(queue.name)
+    subscription = await link.consume(queue.name, prefetch=1, sink=inbox)
+    await subscription.cancel()
+    await subscription.cancel()
+    await link.publish(queue.name, b"body")
 
 
 async def test_consuming_a_queue_that_does_not_exist_is_unroutable_and_harmless(
@@ -203,6 +208,22 @@ async def test_deleting_a_queue_under_its_consumer_ends_the_consumers_link(
     await (link if by_itself else other).delete(queue.name)
     with pytest.raises(Disconnected, match=queue.name):
         await ended(link)
+
+
+async def test_a_sink_never_runs_inside_a_call_of_its_actor(link: Transport, new_queue: NewQueue, inbox: Inbox) -> None:
+    tasks: list[asyncio.Task[object] | None] = []
+
+    def sink(delivery: Delivery) -> None:
+        tasks.append(asyncio.current_task())
+        inbox(delivery)
+
+    queue = new_queue()
+    await filled(link, queue, 3)
+    await link.consume(queue.name, prefetch=1, sink=sink)
+    await (await inbox.take()).requeue()
+    await link.publish(queue.name, b"3")
+    assert len(await inbox.bodies(4)) == 4
+    assert asyncio.current_task() not in tasks
 
 
 async def test_a_sink_that_raises_ends_the_link_and_loses_no_message(

@@ -14,7 +14,7 @@ from link_harness import Inbox, Links, NewQueue, until, until_ready
 from mqinfer.errors import Unroutable
 from mqinfer.transports.base import Delivery, Transport
 
-TTL_S = 0.1
+TTL_S = 0.25
 
 PutBack = Callable[[Links, Transport, Delivery], Awaitable[None]]
 
@@ -113,6 +113,26 @@ async def test_what_is_held_does_not_expire(link: Transport, new_queue: NewQueue
     await until_ready(link, dead.name, 1)
     await held.ack()
     await link.consume(dead.name, prefetch=0, sink=inbox)
+    assert await inbox.bodies(1) == [b"tick"]
+
+
+async def test_what_is_held_of_a_queue_that_was_deleted_is_gone(
+    link: Transport, other: Transport, new_queue: NewQueue, inbox: Inbox
+) -> None:
+    dead = new_queue()
+    queue = new_queue(message_ttl_s=TTL_S, dead_letter_to=dead.name)
+    for spec in (dead, queue):
+        await other.declare(spec)
+    subscription = await link.consume(queue.name, prefetch=1, sink=inbox)
+    await other.publish(queue.name, b"held")
+    held = await inbox.take()
+    await subscription.cancel()
+    await other.delete(queue.name)
+    await held.requeue()
+    await other.declare(queue)
+    await other.publish(queue.name, b"tick")
+    await until_ready(other, dead.name, 1)
+    await link.consume(dead.name, prefetch=1, sink=inbox)
     assert await inbox.bodies(1) == [b"tick"]
 
 

@@ -112,6 +112,20 @@ async def test_a_broadcast_reaches_every_bound_queue_once(
     assert len(mine) + len(yours) + len(unbound) == 0
 
 
+async def test_each_queue_has_its_own_copy_of_a_broadcast(link: Transport, new_queue: NewQueue) -> None:
+    exchange = f"mqinfer.{new_id('test')}.control"
+    queues = [new_queue(durable=False, exclusive=True, fanout=exchange) for _ in range(2)]
+    inboxes = [Inbox(), Inbox()]
+    for queue in queues:
+        await link.declare(queue)
+    await link.broadcast(exchange, b"body")
+    await link.consume(queues[0].name, prefetch=1, sink=inboxes[0])
+    await (await inboxes[0].take()).requeue()
+    assert (await inboxes[0].take()).redelivered
+    await link.consume(queues[1].name, prefetch=1, sink=inboxes[1])
+    assert not (await inboxes[1].take()).redelivered
+
+
 async def test_a_broadcast_that_nobody_listens_to_is_no_error(
     link: Transport, other: Transport, new_queue: NewQueue
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from link_harness import Inbox, NewQueue
@@ -21,12 +22,18 @@ async def test_declaring_twice_alike_is_harmless(link: Transport, other: Transpo
     assert await link.inspect(queue.name) == QueueState(ready=1, consumers=0)
 
 
-@pytest.mark.parametrize("field", ["max_priority", "message_ttl_s", "expires_s", "dead_letter_to", "durable"])
+@pytest.mark.parametrize("field", ["max_priority", "message_ttl_s", "expires_s", "dead_letter_to"])
 async def test_declaring_a_queue_unlike_what_it_is_is_refused_and_harmless(
     link: Transport, new_queue: NewQueue, field: str
 ) -> None:
     queue = new_queue(max_priority=1, message_ttl_s=3600.0, expires_s=3600.0, dead_letter_to="dead")
-    others = {"max_priority": 2, "message_ttl_s": None, "expires_s": 60.0, "dead_letter_to": None, "durable": False}
+    others: dict[str, Any] = {
+        "max_priority": 2,
+        "message_ttl_s": None,
+        "expires_s": 60.0,
+        "dead_letter_to": None,
+        "durable": False,
+    }
     await link.declare(queue)
     with pytest.raises(Refused, match=queue.name):
         await link.declare(replace(queue, **{field: others[field]}))
@@ -68,6 +75,7 @@ async def test_purging_removes_what_is_ready_and_leaves_what_is_held(
     await link.consume(queue.name, prefetch=1, sink=inbox)
     held = await inbox.take()
     assert await other.purge(queue.name) == 3
+    assert await other.inspect(queue.name) == QueueState(ready=0, consumers=1)
     await held.requeue()
     assert await inbox.bodies(1) == [b"body"]
 
@@ -94,9 +102,10 @@ async def test_deleting_tells_what_went_and_deleting_nothing_is_no_error(link: T
 
 
 async def test_a_queue_that_was_deleted_can_be_declared_otherwise(link: Transport, new_queue: NewQueue) -> None:
-    queue = new_queue()
+    queue = new_queue(fanout=f"mqinfer.{new_id('test')}.control")
     await link.declare(queue)
     await link.publish(queue.name, b"body")
     await link.delete(queue.name)
-    await link.declare(replace(queue, max_priority=1))
+    await link.declare(replace(queue, max_priority=1, fanout=None))
+    await link.broadcast(queue.fanout or "", b"not bound any more")
     assert await link.inspect(queue.name) == QueueState(ready=0, consumers=0)
