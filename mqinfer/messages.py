@@ -147,6 +147,8 @@ class Step:
     misses: tuple[Miss, ...] = ()
     #: (row, epoch) pairs of this owner whose keys and values may be forgotten.
     release: tuple[tuple[int, int], ...] = ()
+    #: How long it may wait in a stage's shared queue; after that it has been replayed. 0: for ever.
+    ttl_s: float = 0.0
     #: To be computed by itself: it is suspected of killing workers.
     alone: bool = False
     #: A worker of the route is about to leave: no row may join.

@@ -39,7 +39,6 @@ Plane = tuple[type[np.generic], int]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-_BFLOAT16_MOST = torch.finfo(torch.bfloat16).max
 #: No scale is zero or subnormal (it would have few bits), none makes infinity of 127.
 _SCALE_LEAST = float(np.finfo(np.float32).tiny)
 _SCALE_MOST = float(np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0)))
@@ -66,7 +65,7 @@ def pack(tensor: Tensor, codec: str) -> Packed:
 
     Raises: ComputeError where it is not finite and the codec can't carry that.
     """
-    values = tensor.detach().to("cpu").contiguous()
+    values = tensor.detach().to("cpu")
     if codec == "raw":
         blobs: Sequence[Buffer] = [_view(_bits(values))]
     elif codec == "lossless":
@@ -96,7 +95,7 @@ def unpack(
         planes = _planes(packed, [(kind, count) for kind in _SPLIT[bits]], squeezed=0)
         return _tensor(_joined(planes, bits), dtype, tokens, hidden_size).to(device)
     planes = _planes(packed, _int8_planes(tokens, hidden_size), squeezed=3 if packed.codec == "int8+zstd" else None)
-    return _dequantized(planes, tokens, hidden_size).to(dtype).to(device)
+    return _dequantized(planes, dtype, tokens, hidden_size).to(device)
 
 
 def _checked_tokens(packed: Packed, dtype: torch.dtype, hidden_size: int, max_tokens: int) -> int:
@@ -165,7 +164,7 @@ _SPLIT: dict[type[np.unsignedinteger[Any]], tuple[type[np.generic], ...]] = {
 
 
 def _bits(values: Tensor) -> Array:
-    """The numbers' own bits, in one dimension: a view."""
+    """The numbers' own bits, in one dimension: a view where they are contiguous."""
     return values.reshape(-1).view(torch.uint8).numpy().view(_BITS[values.element_size()])
 
 
@@ -214,7 +213,7 @@ def _quantized(values: Tensor) -> list[Array]:
     """Planes as in _int8_planes. Raises: ComputeError."""
     numbers = values.float()
     channels = _outliers(numbers)
-    kept = numbers.index_select(1, channels).clamp_(-_BFLOAT16_MOST, _BFLOAT16_MOST).bfloat16()
+    kept = numbers.index_select(1, channels).bfloat16()
     rest = numbers.index_fill(1, channels, 0.0)
     scales = _peaks(rest, 1).div_(127).clamp_(_SCALE_LEAST, _SCALE_MOST)
     codes = rest.div_(scales[:, None]).round_().to(torch.int8)
@@ -237,11 +236,15 @@ def _peaks(numbers: Tensor, dim: int) -> Tensor:
     return torch.maximum(numbers.amax(dim), -numbers.amin(dim))
 
 
-def _dequantized(planes: Sequence[Array], tokens: int, hidden_size: int) -> Tensor:
-    """float32, [tokens, hidden_size]."""
+def _dequantized(planes: Sequence[Array], dtype: torch.dtype, tokens: int, hidden_size: int) -> Tensor:
+    """[tokens, hidden_size] of `dtype`."""
     channels, kept, scales, codes = planes
     if channels.max(initial=0) >= max(hidden_size, 1):
         raise WireError("Packed.blobs[0]: a channel that does not exist")
-    numbers = codes.reshape(tokens, hidden_size) * scales[:, None]
-    numbers[:, channels] = _tensor(kept.copy(), torch.bfloat16, tokens, len(channels)).float().numpy()
-    return torch.from_numpy(numbers)
+    if not (scales.min(initial=_SCALE_LEAST) >= _SCALE_LEAST and scales.max(initial=_SCALE_LEAST) <= _SCALE_MOST):
+        raise WireError("Packed.blobs[2]: a scale out of bounds")
+    numbers = torch.from_numpy(codes.reshape(tokens, hidden_size) * scales[:, None])
+    most = torch.finfo(dtype).max  # rounding to bfloat16 may have gone beyond it
+    outliers = _tensor(kept.copy(), torch.bfloat16, tokens, len(channels)).float().clamp_(-most, most)
+    numbers[:, torch.from_numpy(channels.astype(np.int64))] = outliers
+    return numbers.to(dtype)

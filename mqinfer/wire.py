@@ -21,7 +21,7 @@ from mqinfer.wire_header import ALIGNMENT, Source, packed, unpacking
 MAX_BODY_BYTES = 16 * 2**20
 #: What we allow a step's hidden states, so that hops stay short.
 MAX_STEP_BYTES = 4 * 2**20
-#: A header can become about 30 times its size in objects: of this, 120 MiB.
+#: A header can become 25 times its size in objects (tests/unit/test_hostile.py): of this, 100 MiB.
 MAX_HEADER_BYTES = 4 * 2**20
 
 MAGIC = b"\x93MQI"  # not ASCII: text can't be taken for it

@@ -41,6 +41,7 @@ _BOUNDS: Mapping[str, Bounds] = {
     "Packed.blobs": (0, 8),
     "Step.rows": (0, 4096),
     "Step.misses": (0, 4096),
+    "Step.ttl_s": (0.0, sys.float_info.max),
     "Result.text": _ANY_SIZE,
     "Report.stage": (-1, _INT_MOST),
 }
