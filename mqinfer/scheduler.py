@@ -8,130 +8,27 @@ step under way, and an end of trip that is not that step's changes nothing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 
 from mqinfer import batching
 from mqinfer.batching import Limits, Pending
-from mqinfer.messages import (
-    FinishReason,
-    Miss,
-    MissReason,
-    Release,
-    Request,
-    Row,
-    Sampled,
-    Step,
-    StepDone,
-    TokenLogprob,
-)
+from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, Step, StepDone
 from mqinfer.plan import Plan
-from mqinfer.verdicts import BLAMED, Verdict, decide, explain
-
-
-@dataclass(slots=True, kw_only=True)
-class LiveRow:
-    """A request being computed."""
-
-    number: int
-    request: Request
-    output: list[int]
-    logprobs: list[TokenLogprob]
-    epoch: int = 0
-    #: Positions whose keys and values the workers of this epoch's route hold.
-    cached: int = 0
-    failures: int = 0
-    #: Joins nobody and nobody joins it.
-    alone: bool = False
-    #: Must begin in a new microbatch.
-    fresh: bool = False
-
-    @property
-    def known(self) -> int:
-        """Positions whose tokens are known."""
-        return len(self.request.prompt) + len(self.output)
-
-    def tokens(self, start: int, end: int) -> tuple[int, ...]:
-        """The token ids of positions [start, end)."""
-        prompt = self.request.prompt
-        tail = self.output[max(start - len(prompt), 0) : max(end - len(prompt), 0)]
-        return (*prompt[start:end], *tail)
-
-    def checkpoint(self) -> Request:
-        """The request with the tokens that it has so far."""
-        return replace(self.request, output=tuple(self.output), logprobs=tuple(self.logprobs), failures=self.failures)
-
-
-@dataclass(slots=True, kw_only=True)
-class Microbatch:
-    """Rows that travel together, and the one step that is under way."""
-
-    number: int
-    rows: list[LiveRow]
-    alone: bool = False
-    #: Nobody joins any more.
-    closed: bool = False
-    route: tuple[str, ...] = ()
-    #: Number of the step under way.
-    step: int = -1
-    sent_at_s: float = 0.0
-    parts: tuple[Row, ...] = ()
-    #: (row, epoch) of rows that left, to be forgotten by the workers of the route.
-    released: list[tuple[int, int]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Publish the step: to the worker `queue`, or to the stage's shared queue where it is None."""
-
-    queue: str | None
-    step: Step
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Tell the worker behind `queue`."""
-
-    queue: str
-    release: Release
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """The row has its result; `text` is given where a stop string cut it."""
-
-    row: LiveRow
-    reason: FinishReason
-    text: str | None = None
-    error_code: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """The row goes back to waiting (told for logs and counts)."""
-
-    row: LiveRow
-    reason: MissReason
-    detail: str
-    #: Positions whose computing is lost.
-    lost_tokens: int
-
-
-Decision = Send | Forget | Ended | Replayed
-
-#: Given a row's output and its stop strings: the text before the first of them, or None.
-StopFinder = Callable[[Sequence[int], Sequence[str]], str | None]
+from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
+from mqinfer.verdicts import BLAMED, MAX_FAILURES, Verdict, decide, explain
 
 
 class Scheduler:
     """See the module's docstring. `owner` is the coordinator's queue."""
 
-    def __init__(self, plan: Plan, owner: str, limits: Limits, find_stop: StopFinder) -> None:
+    def __init__(
+        self, plan: Plan, owner: str, limits: Limits, find_stop: StopFinder, *, step_timeout_s: float = 0.0
+    ) -> None:
         self._plan = plan
         self._owner = owner
         self._limits = limits
         self._find_stop = find_stop
+        self._step_timeout_s = step_timeout_s
         self._next_row = 0
         self._next_microbatch = 0
         self.rows: dict[int, LiveRow] = {}
@@ -158,8 +55,8 @@ class Scheduler:
 
     # -- events --------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> LiveRow:
-        """A leased request becomes a waiting row; call `form` afterwards."""
+    def add(self, request: Request) -> tuple[LiveRow, list[Decision]]:
+        """A leased request becomes a waiting row, or has its end already; call `form` afterwards."""
         row = LiveRow(
             number=self._next_row,
             request=request,
@@ -169,25 +66,35 @@ class Scheduler:
             alone=decide(MissReason.LOST, request.failures) is Verdict.REPLAY_ALONE,
         )
         self._next_row += 1
+        ended = self._ending(row) if row.output else None
+        if ended is not None:
+            return row, [ended]
         self.rows[row.number] = row
         self.waiting.append(row)
-        return row
+        return row, []
 
     def form(self, now_s: float) -> list[Decision]:
-        """Waiting rows become new microbatches as far as there should be more of them."""
+        """Waiting rows become new microbatches as far as there should be more of them; suspects one at a time."""
         decisions: list[Decision] = []
-        for row in [row for row in self.waiting if row.alone]:
-            self.waiting.remove(row)
-            decisions += self._open([row], now_s, alone=True)
-        live = sum(1 for microbatch in self.microbatches.values() if not microbatch.alone)
-        for size in batching.sizes(len(self.waiting), live, self._limits, self.target()):
-            decisions += self._open([self.waiting.popleft() for _ in range(size)], now_s)
+        suspect = next((row for row in self.waiting if row.alone), None)
+        if suspect is not None and not any(microbatch.alone for microbatch in self.microbatches.values()):
+            self.waiting.remove(suspect)
+            decisions += self._open([suspect], now_s, alone=True)
+        innocent = [row for row in self.waiting if not row.alone]
+        live = sum(1 for microbatch in self.microbatches.values() if self._is_open(microbatch))
+        for size in batching.sizes(len(innocent), live, self._limits, self.target()):
+            rows, innocent = innocent[:size], innocent[size:]
+            for row in rows:
+                self.waiting.remove(row)
+            decisions += self._open(rows, now_s)
         return decisions
 
     def done(self, end: StepDone, now_s: float) -> list[Decision]:
         """A trip has ended. A stale one (of an older step, of a microbatch that is no more) changes nothing."""
         microbatch = self.microbatches.get(end.microbatch)
-        if microbatch is None or end.number != microbatch.step:
+        if microbatch is None:
+            return self._forget_stale(end)
+        if end.number != microbatch.step:
             return []
         if len(end.route) > len(microbatch.route):
             microbatch.route = end.route
@@ -206,8 +113,8 @@ class Scheduler:
     def gone(self, queue: str, now_s: float) -> list[Decision]:
         """The worker behind `queue` no longer exists: what it may have held is replayed.
 
-        Which of its rows it was computing is not known, so this counts as one blame at most; a first trip goes
-        over shared queues, where the broker's redelivery shows exactly what a worker died with.
+        Which of them it was computing is not known (see `_blame`); a first trip goes over shared queues, where
+        the broker's redelivery shows exactly what a worker died with.
         """
         decisions: list[Decision] = []
         for microbatch in [m for m in self.microbatches.values() if queue in m.route]:
@@ -221,10 +128,10 @@ class Scheduler:
             return []
         return self._abandon(found, MissReason.GONE, "the worker is gone", without=queue) + self.form(now_s)
 
-    def overdue(self, now_s: float, timeout_s: float) -> list[Decision]:
-        """Steps that have not come back within `timeout_s` are given up; their late ends are stale."""
+    def overdue(self, now_s: float) -> list[Decision]:
+        """Steps that have not come back within the step timeout are given up; their late ends are stale."""
         decisions: list[Decision] = []
-        for microbatch in [m for m in self.microbatches.values() if now_s - m.sent_at_s > timeout_s]:
+        for microbatch in [m for m in self.microbatches.values() if now_s - m.sent_at_s > self._step_timeout_s]:
             decisions += self._abandon(microbatch, MissReason.CACHE, "no answer in time")
         return decisions + (self.form(now_s) if decisions else [])
 
@@ -245,10 +152,14 @@ class Scheduler:
         if drawn is None:
             miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=MissReason.COMPUTE, detail="no token came")
             return self._give_up(microbatch, row, miss)
+        if not 0 <= drawn.token < self._plan.vocab_size:
+            miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=MissReason.COMPUTE, detail="no such token")
+            return self._give_up(microbatch, row, miss)
         row.output.append(drawn.token)
         if drawn.logprob is not None:
             row.logprobs.append(drawn.logprob)
-        row.failures = 0
+        row.failures = row.deaths = 0
+        microbatch.alone = False
         ended = self._ending(row)
         if ended is None:
             return []
@@ -268,10 +179,9 @@ class Scheduler:
 
     def _give_up(self, microbatch: Microbatch, row: LiveRow, miss: Miss) -> list[Decision]:
         self._leave(microbatch, row)
-        if miss.reason is MissReason.ROOM:
+        if miss.reason in (MissReason.ROOM, MissReason.GONE):
             microbatch.closed = True
-        if miss.reason in BLAMED:
-            row.failures = row.failures + 1 if miss.stage >= 0 else max(row.failures, 1)
+        self._blame(microbatch, row, miss)
         verdict = decide(miss.reason, row.failures)
         if verdict is Verdict.FAIL:
             del self.rows[row.number]
@@ -286,6 +196,22 @@ class Scheduler:
         return [replayed]
 
     @staticmethod
+    def _blame(microbatch: Microbatch, row: LiveRow, miss: Miss) -> None:
+        """Note a failure that may be the row's own doing.
+
+        A worker that died on a route may have died of any row of any microbatch there: the first such death counts
+        as one failure, the second sends the row on alone. One row at a time travels alone, so that a death counts
+        in full for it and for nobody else.
+        """
+        if miss.reason not in BLAMED:
+            return
+        if miss.reason is MissReason.LOST and miss.stage < 0 and not microbatch.alone:
+            row.deaths += 1
+            row.failures = max(row.failures, min(row.deaths, MAX_FAILURES - 1))
+        else:
+            row.failures += 1
+
+    @staticmethod
     def _leave(microbatch: Microbatch, row: LiveRow) -> None:
         microbatch.rows.remove(row)
         microbatch.released.append((row.number, row.epoch))
@@ -293,7 +219,7 @@ class Scheduler:
     # -- microbatches --------------------------------------------------------------------------
 
     def _open(self, rows: list[LiveRow], now_s: float, *, alone: bool = False) -> list[Decision]:
-        microbatch = Microbatch(number=self._next_microbatch, rows=rows, alone=alone, closed=alone)
+        microbatch = Microbatch(number=self._next_microbatch, rows=rows, alone=alone)
         self._next_microbatch += 1
         self.microbatches[microbatch.number] = microbatch
         for row in rows:
@@ -309,13 +235,16 @@ class Scheduler:
         return [self._send(microbatch, now_s)]
 
     def _join(self, microbatch: Microbatch) -> None:
-        if microbatch.closed or microbatch.step >= self._limits.open_trips:
+        if not self._is_open(microbatch):
             return
         room = batching.share(self._limits, self.target()) - len(microbatch.rows)
         joining = [row for row in self.waiting if not (row.fresh or row.alone)][: max(room, 0)]
         for row in joining:
             self.waiting.remove(row)
             microbatch.rows.append(row)
+
+    def _is_open(self, microbatch: Microbatch) -> bool:
+        return not (microbatch.alone or microbatch.closed or microbatch.step >= self._limits.open_trips)
 
     def _send(self, microbatch: Microbatch, now_s: float) -> Send:
         microbatch.step += 1
@@ -331,6 +260,7 @@ class Scheduler:
             rows=microbatch.parts,
             release=tuple(microbatch.released),
             alone=microbatch.alone,
+            ttl_s=self._step_timeout_s,
             tokens=tuple(
                 token for p in microbatch.parts for token in self.rows[p.row].tokens(p.start, p.start + p.count)
             ),
@@ -359,6 +289,12 @@ class Scheduler:
             miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=reason, detail=detail)
             decisions += self._give_up(microbatch, row, miss)
         return decisions + self._close(microbatch, without=without)
+
+    def _forget_stale(self, end: StepDone) -> list[Decision]:
+        """What a trip left behind that was given up as overdue and came through all the same."""
+        rows = tuple((sampled.row, sampled.epoch) for sampled in end.sampled)
+        release = Release(plan=self._plan.digest, owner=self._owner, rows=rows)
+        return [Forget(queue, release) for queue in dict.fromkeys(end.route)] if rows else []
 
     def _close(self, microbatch: Microbatch, *, without: str = "") -> list[Decision]:
         del self.microbatches[microbatch.number]

@@ -23,7 +23,7 @@ class Verdict(StrEnum):
 
 
 #: Reasons that may be the row's own doing. Any progress clears them.
-BLAMED = frozenset({MissReason.NEVER, MissReason.LOST, MissReason.COMPUTE, MissReason.MEMORY})
+BLAMED = frozenset({MissReason.NEVER, MissReason.LOST, MissReason.COMPUTE, MissReason.MEMORY, MissReason.PLAN})
 
 
 def decide(reason: MissReason, failures: int) -> Verdict:
@@ -32,8 +32,6 @@ def decide(reason: MissReason, failures: int) -> Verdict:
     `failures` counts this one too, where the reason is in BLAMED. A row is retried among others
     once (most blame is bad luck: its worker was killed), then alone, then it fails.
     """
-    if reason is MissReason.PLAN:
-        return Verdict.FAIL
     if reason in BLAMED:
         if failures >= MAX_FAILURES:
             return Verdict.FAIL
@@ -48,7 +46,7 @@ def explain(reason: MissReason, detail: str) -> str:
         MissReason.LOST: f"{MAX_FAILURES} workers in a row died computing it",
         MissReason.COMPUTE: "the forward pass failed",
         MissReason.MEMORY: "the device ran out of memory",
-        MissReason.PLAN: "the workers serve another plan: make the plan file of all actors the same",
+        MissReason.PLAN: "workers serve another plan: make the plan file of all actors the same",
     }
     sentence = words.get(reason, f"gave up: {reason.value}")
     return f"{sentence} ({detail})" if detail else sentence

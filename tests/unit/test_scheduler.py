@@ -51,7 +51,7 @@ class Ring:
 
     def __init__(self) -> None:
         self.cache: dict[tuple[int, int], list[int]] = {}
-        self.scheduler = Scheduler(PLAN, "owner", LIMITS, lambda output, stops: None)
+        self.scheduler = Scheduler(PLAN, "owner", LIMITS, lambda output, stops: None, step_timeout_s=10.0)
         self.results: dict[str, Ended] = {}
         self.replayed: list[Replayed] = []
         self.sent: list[Send] = []
@@ -75,7 +75,7 @@ class Ring:
 
     def add(self, *requests: Request) -> None:
         for item in requests:
-            self.scheduler.add(item)
+            self.take(self.scheduler.add(item)[1])
         self.take(self.scheduler.form(0.0))
 
     def answer(self, step: Step) -> StepDone:
@@ -176,7 +176,7 @@ def test_a_late_or_repeated_end_of_trip_changes_nothing() -> None:
     assert ring.scheduler.done(done, 0.0) == []
     ring.run()
     assert ring.results["r"].row.output == continuation((1, 2, 3), 5)
-    assert ring.scheduler.done(done, 0.0) == []
+    assert all(isinstance(decision, Forget) for decision in ring.scheduler.done(done, 0.0))
 
 
 @pytest.mark.parametrize("reason", [MissReason.CACHE, MissReason.ROOM, MissReason.GONE])
@@ -230,13 +230,12 @@ def test_a_poison_row_does_not_harm_its_neighbours() -> None:
 def test_a_suspect_travels_alone_and_is_marked() -> None:
     ring = Ring()
     ring.add(request("a"), request("b"))
-    for _ in range(2):
-        step = ring.sent.pop(0).step
-        ring.take(ring.scheduler.done(missed(step, MissReason.LOST), 0.0))
-        ring.sent.sort(key=lambda send: send.step.rows[0].row)
-    suspects = [send.step for send in ring.sent if send.step.alone]
-    assert all(len(step.rows) == 1 for step in suspects)
-    assert suspects
+    for _ in range(4):
+        ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, MissReason.LOST), 0.0))
+    (suspect,) = [send.step for send in ring.sent if send.step.alone]
+    assert len(suspect.rows) == 1, "one at a time, by itself"
+    ring.run()
+    assert len(ring.results) == 2
 
 
 def test_when_a_worker_is_gone_its_microbatches_are_replayed_on_the_shared_queue() -> None:
@@ -255,24 +254,84 @@ def test_when_a_worker_is_gone_its_microbatches_are_replayed_on_the_shared_queue
     assert all(replayed.row.epoch >= 1 for replayed in ring.replayed)
 
 
-def test_losing_workers_again_and_again_never_fails_a_row_that_was_only_near() -> None:
+def test_rows_that_were_only_near_a_poison_outlive_it() -> None:
+    """The poison kills its worker beyond its first chunk, when only the route says who was there."""
     ring = Ring()
-    ring.add(request("r", range(30)))
-    for _ in range(10):
-        ring.turn()  # a first trip ends, so there is a route; but it carried a part of the prompt only: no progress
-        ring.sent.clear()
-        ring.take(ring.scheduler.gone("w0", 0.0))
+    ring.add(*(request(f"r{i}", range(20 + i)) for i in range(6)))
+    poison = next(row.number for row in ring.scheduler.rows.values() if row.request.id == "r3")
+    deaths = 0
+    for _ in range(2000):
+        if not ring.sent:
+            break
+        send = ring.sent.pop(0)
+        live = ring.scheduler.microbatches.get(send.step.microbatch)
+        if live is None or live.step != send.step.number:
+            continue
+        if any(row.row == poison and row.start > 0 for row in send.step.rows):
+            deaths += 1
+            ring.take(ring.scheduler.gone("w1", 0.0))
+        else:
+            ring.take(ring.scheduler.done(ring.answer(send.step), 0.0))
+    assert deaths == 3
+    assert ring.results["r3"].reason is FinishReason.ERROR
+    assert sum(ended.reason is FinishReason.LENGTH for ended in ring.results.values()) == 5
+
+
+def test_a_row_that_made_progress_alone_is_no_suspect_any_more() -> None:
+    ring = Ring()
+    ring.add(request("r", max_tokens=9))
+    for _ in range(2):
+        ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, MissReason.LOST), 0.0))
+    assert ring.sent[0].step.alone
+    ring.turn()
+    assert not ring.sent[0].step.alone
+
+
+def test_a_request_that_has_all_its_tokens_already_ends_at_once() -> None:
+    ring = Ring()
+    ring.add(request("full", max_tokens=2, output=(10, 11)), request("stopped", max_tokens=9, output=(10, EOS)))
+    assert not ring.sent
+    assert ring.results["full"].reason is FinishReason.LENGTH
+    assert ring.results["stopped"].reason is FinishReason.STOP
+    assert not ring.scheduler.rows
+
+
+def test_a_token_that_does_not_exist_is_not_believed() -> None:
+    ring = Ring()
+    ring.add(request("r"))
+    done = ring.answer(ring.sent.pop(0).step)
+    ring.take(ring.scheduler.done(replace(done, sampled=tuple(replace(s, token=2**62) for s in done.sampled)), 0.0))
+    assert [replayed.detail for replayed in ring.replayed] == ["no such token"]
+
+
+def test_a_trip_that_comes_home_after_it_was_given_up_leaves_nothing_behind() -> None:
+    ring = Ring()
+    ring.add(request("r"))
+    late = ring.sent.pop(0).step
+    ring.take(ring.scheduler.overdue(11.0))
+    ring.take(ring.scheduler.done(ring.answer(late), 0.0))
     ring.run()
-    assert ring.results["r"].row.output == continuation(range(30), 5)
+    assert not ring.cache
+
+
+def test_microbatches_that_nobody_may_join_do_not_keep_others_from_forming() -> None:
+    ring = Ring()
+    ring.add(*(request(f"long{i}", max_tokens=40) for i in range(3)))
+    for _ in range(len(ring.sent)):
+        done = ring.answer(ring.sent.pop(0).step)
+        ring.take(ring.scheduler.done(replace(done, closing=True), 0.0))
+    before = len(ring.scheduler.microbatches)
+    ring.add(request("new"))
+    assert len(ring.scheduler.microbatches) == before + 1
 
 
 def test_an_overdue_step_is_replayed_and_its_late_end_is_stale() -> None:
     ring = Ring()
     ring.add(request("r"))
     step = ring.sent.pop(0).step
-    assert ring.scheduler.overdue(5.0, 10.0) == []
-    ring.take(ring.scheduler.overdue(11.0, 10.0))
-    assert ring.scheduler.done(ring.answer(step), 0.0) == []
+    assert ring.scheduler.overdue(5.0) == []
+    ring.take(ring.scheduler.overdue(11.0))
+    assert all(isinstance(decision, Forget) for decision in ring.scheduler.done(ring.answer(step), 0.0))
     ring.cache.clear()
     ring.run()
     assert ring.results["r"].row.output == continuation((1, 2, 3), 5)
@@ -330,7 +389,7 @@ def test_random_faults_never_change_a_result() -> None:
                 ring.take(ring.scheduler.unsent(send.step.microbatch, send.queue, 0.0))
             elif fault < 0.10:
                 ring.sent.append(send)
-                ring.take(ring.scheduler.overdue(1.0, 0.5))
+                ring.take(ring.scheduler.overdue(11.0))
             else:
                 live = ring.scheduler.microbatches.get(send.step.microbatch)
                 if live is not None and live.step == send.step.number:

@@ -10,7 +10,7 @@ TABLE = {
     MissReason.CACHE: (Verdict.REPLAY,) * 3,
     MissReason.ROOM: (Verdict.REPLAY_FRESH,) * 3,
     MissReason.GONE: (Verdict.REPLAY_FRESH,) * 3,
-    MissReason.PLAN: (Verdict.FAIL,) * 3,
+    MissReason.PLAN: ONE_TO_THREE,
     MissReason.NEVER: ONE_TO_THREE,
     MissReason.LOST: ONE_TO_THREE,
     MissReason.COMPUTE: ONE_TO_THREE,

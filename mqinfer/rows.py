@@ -1,0 +1,105 @@
+"""Rows and microbatches under way, and what the scheduler decides about them: data, no behaviour of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from mqinfer.messages import FinishReason, MissReason, Release, Request, Row, Step, TokenLogprob
+
+
+@dataclass(slots=True, kw_only=True)
+class LiveRow:
+    """A request being computed."""
+
+    number: int
+    request: Request
+    output: list[int]
+    logprobs: list[TokenLogprob]
+    epoch: int = 0
+    #: Positions whose keys and values the workers of this epoch's route hold.
+    cached: int = 0
+    failures: int = 0
+    #: Workers on its route that died since its last progress, whether or not they were computing it.
+    deaths: int = 0
+    #: Joins nobody and nobody joins it.
+    alone: bool = False
+    #: Must begin in a new microbatch.
+    fresh: bool = False
+
+    @property
+    def known(self) -> int:
+        """Positions whose tokens are known."""
+        return len(self.request.prompt) + len(self.output)
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """The token ids of positions [start, end)."""
+        prompt = self.request.prompt
+        tail = self.output[max(start - len(prompt), 0) : max(end - len(prompt), 0)]
+        return (*prompt[start:end], *tail)
+
+    def checkpoint(self) -> Request:
+        """The request with the tokens that it has so far."""
+        return replace(self.request, output=tuple(self.output), logprobs=tuple(self.logprobs), failures=self.failures)
+
+
+@dataclass(slots=True, kw_only=True)
+class Microbatch:
+    """Rows that travel together, and the one step that is under way."""
+
+    number: int
+    rows: list[LiveRow]
+    alone: bool = False
+    #: Nobody joins any more.
+    closed: bool = False
+    route: tuple[str, ...] = ()
+    #: Number of the step under way.
+    step: int = -1
+    sent_at_s: float = 0.0
+    parts: tuple[Row, ...] = ()
+    #: (row, epoch) of rows that left, to be forgotten by the workers of the route.
+    released: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Publish the step: to the worker `queue`, or to the stage's shared queue where it is None."""
+
+    queue: str | None
+    step: Step
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Tell the worker behind `queue`."""
+
+    queue: str
+    release: Release
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The row has its result; `text` is given where a stop string cut it."""
+
+    row: LiveRow
+    reason: FinishReason
+    text: str | None = None
+    error_code: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The row goes back to waiting (told for logs and counts)."""
+
+    row: LiveRow
+    reason: MissReason
+    detail: str
+    #: Positions whose computing is lost.
+    lost_tokens: int
+
+
+Decision = Send | Forget | Ended | Replayed
+
+#: Given a row's output and its stop strings: the text before the first of them, or None.
+StopFinder = Callable[[Sequence[int], Sequence[str]], str | None]
