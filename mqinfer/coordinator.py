@@ -15,8 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mqinfer import __version__
-from mqinfer.batching import Limits
-from mqinfer.errors import RequestError, Unroutable, WireError
+from mqinfer.errors import RequestError, SettingsError, Unroutable, WireError
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, publish_declared
 from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone
@@ -30,12 +29,14 @@ from mqinfer.observe import (
     emit,
 )
 from mqinfer.plan import Plan
-from mqinfer.queues import PRIORITY_BEGUN, Topology, new_id, results
-from mqinfer.scheduler import Decision, Ended, Forget, LiveRow, Replayed, Scheduler, Send
+from mqinfer.queues import PRIORITY_BEGUN, Topology, check_name, new_id, results
+from mqinfer.requests import check_request, encoded, limits, refusal, result_of
+from mqinfer.rows import Decision, Ended, Forget, LiveRow, Replayed, Send
+from mqinfer.scheduler import Scheduler
 from mqinfer.settings import CoordinatorSettings
 from mqinfer.tokenizer import Tokenizer, find_stop
 from mqinfer.transports.base import Delivery, Transport
-from mqinfer.wire import MAX_STEP_BYTES, decode, encode
+from mqinfer.wire import decode, encode
 
 #: How often leases are looked over for those that are due.
 LEASE_ROUND_S = 1.0
@@ -80,7 +81,11 @@ class CoordinatorSession:
         self.id = new_id("c")
         self._queue = self._topology.coordinator(self.id)
         self._scheduler = Scheduler(
-            plan, self._queue.name, _limits(settings, plan), functools.partial(find_stop, tokenizer)
+            plan,
+            self._queue.name,
+            limits(settings, plan),
+            functools.partial(find_stop, tokenizer),
+            step_timeout_s=settings.step_timeout_s,
         )
         self._held: dict[int, Held] = {}
         self._ids: set[str] = set()
@@ -147,6 +152,11 @@ class CoordinatorSession:
         if request.id in self._ids:  # a repeat: the first delivery holds the lease
             await delivery.ack()
             return
+        try:
+            check_name(request.job)
+        except SettingsError as error:  # there is nowhere to send even a failure
+            await bury(self._transport, self._topology.dead, delivery, f"the job: {error}")
+            return
         lease = Lease(delivery, round_, time.monotonic())
         try:
             check_request(request, self._plan)
@@ -154,22 +164,13 @@ class CoordinatorSession:
             await self._refuse(request, lease, str(error))
             return
         self._ids.add(request.id)
-        row = self._scheduler.add(request)
+        row, ended = self._scheduler.add(request)
         self._held[row.number] = Held(row, lease, len(request.output))
-        self._perform(self._scheduler.form(time.monotonic()))
+        self._perform([*ended, *self._scheduler.form(time.monotonic())])
 
     async def _refuse(self, request: Request, lease: Lease, why: str) -> None:
         emit(REQUEST_REFUSED, request=request.id, error=why)
-        failure = Result(
-            id=request.id,
-            job=request.job,
-            tag=request.tag,
-            finish_reason=FinishReason.ERROR,
-            prompt_tokens=len(request.prompt),
-            error_code="request",
-            error=why,
-        )
-        await self._publish_result(failure)
+        await self._publish_result(refusal(request, why))
         await lease.settle()
 
     async def _report(self, ask: Ask) -> None:
@@ -216,8 +217,7 @@ class CoordinatorSession:
     async def _send(self, send: Send) -> None:
         body = encode(send.step)
         if send.queue is None:
-            ttl_s = self._settings.step_timeout_s
-            await publish_declared(self._transport, self._topology.stage(0), body, ttl_s=ttl_s)
+            await publish_declared(self._transport, self._topology.stage(0), body, ttl_s=send.step.ttl_s)
             return
         try:
             await self._transport.publish(send.queue, body)
@@ -230,20 +230,17 @@ class CoordinatorSession:
 
     async def _finish(self, ended: Ended) -> None:
         held = self._held[ended.row.number]
-        await self._publish_result(self._result(ended))
+        await self._publish_result(result_of(ended, self._tokenizer))
         await held.lease.settle()
         del self._held[ended.row.number]
         self._ids.discard(ended.row.request.id)
         await self._tune()
 
     async def _publish_result(self, result: Result) -> None:
-        body = encode(result)
         try:
-            await self._transport.publish(results(result.job).name, body, persistent=True)
-        except Unroutable:  # the job was deleted while it ran
+            await self._transport.publish(results(result.job).name, encoded(result), persistent=True)
+        except Unroutable:  # its owner deleted the job while it ran
             emit(RESULT_UNCLAIMED, request=result.id, job=result.job)
-            reason = {"reason": f"the results queue of job {result.job} is gone"}
-            await publish_declared(self._transport, self._topology.dead, body, persistent=True, headers=reason)
         failed = result.finish_reason is FinishReason.ERROR
         self._counts["failures" if failed else "results"] += 1
         self._counts["output_tokens"] += len(result.output)
@@ -253,22 +250,6 @@ class CoordinatorSession:
             finish_reason=result.finish_reason.value,
             prompt_tokens=result.prompt_tokens,
             output_tokens=len(result.output),
-        )
-
-    def _result(self, ended: Ended) -> Result:
-        request, output = ended.row.request, ended.row.output
-        text = ended.text if ended.text is not None else self._tokenizer.decode(output)
-        return Result(
-            id=request.id,
-            job=request.job,
-            tag=request.tag,
-            finish_reason=ended.reason,
-            prompt_tokens=len(request.prompt),
-            output=tuple(output),
-            text=text,
-            logprobs=tuple(ended.row.logprobs),
-            error_code=ended.error_code,
-            error=ended.error,
         )
 
     # -- clocks --------------------------------------------------------------------------------
@@ -287,7 +268,7 @@ class CoordinatorSession:
             for stage in range(len(self._plan.stages)):
                 state = await self._transport.inspect(self._topology.stage(stage).name)
                 self._scheduler.consumers[stage] = state.consumers if state else 0
-            self._perform(self._scheduler.overdue(time.monotonic(), self._settings.step_timeout_s))
+            self._perform(self._scheduler.overdue(time.monotonic()))
             self._perform(self._scheduler.form(time.monotonic()))
 
     async def _keep_leases(self) -> None:
@@ -308,9 +289,14 @@ class CoordinatorSession:
         )
 
     async def _renew(self, held: Held) -> None:
-        request = held.row.checkpoint()
-        if await self._leases.renew(held.lease, request, time.monotonic()):
-            held.kept_tokens = len(request.output)
+        row = held.row
+        kept = await self._leases.renew(
+            held.lease,
+            lambda: row.checkpoint() if row.number in self._scheduler.rows else None,
+            time.monotonic(),
+        )
+        if kept is not None:
+            held.kept_tokens = len(kept.output)
 
     async def _tune(self) -> None:
         of_round = sum(1 for held in self._held.values() if held.lease.round == self._intake.round)
@@ -331,30 +317,3 @@ class CoordinatorSession:
         body = encode(held.row.checkpoint())
         await publish_declared(self._transport, self._topology.requests, body, persistent=True, priority=PRIORITY_BEGUN)
         await held.lease.settle()
-
-
-def check_request(request: Request, plan: Plan) -> None:
-    """Raises: RequestError where computing the request under this plan can't be right."""
-    if request.plan != plan.digest:
-        raise RequestError(
-            f"the request was made for plan {request.plan}, this pipeline runs {plan.digest}: "
-            "use the plan file that the fleet was started with"
-        )
-    if not request.prompt:
-        raise RequestError("the prompt has no tokens")
-    if len(request.prompt) + 1 > plan.context_tokens:
-        raise RequestError(f"the prompt has {len(request.prompt)} tokens, the model takes {plan.context_tokens}")
-    if request.max_tokens <= len(request.output):
-        raise RequestError("max_tokens must be at least 1")
-    if not all(0 <= token < plan.vocab_size for token in (*request.prompt, *request.output)):
-        raise RequestError("a token id is outside the model's vocabulary")
-
-
-def _limits(settings: CoordinatorSettings, plan: Plan) -> Limits:
-    position_bytes = plan.hidden_size * 4  # what the widest codec makes of one position
-    return Limits(
-        microbatch_rows=settings.microbatch_rows,
-        rows=settings.rows,
-        step_tokens=max(1, min(settings.step_tokens, MAX_STEP_BYTES // position_bytes)),
-        open_trips=settings.open_trips,
-    )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from mqinfer.messages import Request
 from mqinfer.observe import CHECKPOINT_KEPT, CHECKPOINT_LATE, emit
-from mqinfer.queues import QueueSpec
+from mqinfer.queues import PRIORITY_BEGUN, QueueSpec
 from mqinfer.transports.base import Delivery, Subscription, Transport
 from mqinfer.wire import encode
 
@@ -37,11 +37,6 @@ class Lease:
         async with self.lock:
             await self.delivery.ack()
 
-    async def give_back(self) -> None:
-        """The request goes back as it was last kept."""
-        async with self.lock:
-            await self.delivery.requeue()
-
 
 class LeaseQueue:
     """One coordinator's own queue of checkpoints."""
@@ -59,19 +54,29 @@ class LeaseQueue:
         await self._transport.declare(self._spec)
         self._subscription = await self._transport.consume(self._spec.name, prefetch=0, sink=self._arrived)
 
-    async def renew(self, lease: Lease, request: Request, now_s: float) -> bool:
-        """Keep `request` as the lease's new checkpoint; False if it did not come in time (the old one holds)."""
+    async def renew(self, lease: Lease, checkpoint: Callable[[], Request | None], now_s: float) -> Request | None:
+        """Keep what `checkpoint` gives as the lease's new state; None if it did not come in time (the old one holds).
+
+        `checkpoint` is asked once nobody else can settle the lease; it gives None where its row has ended meanwhile.
+        """
         number = str(next(self._numbers))
-        arrival = self._expected[number] = asyncio.get_running_loop().create_future()
         async with lease.lock:
+            request = checkpoint()
+            if request is None:
+                return None
+            arrival = self._expected[number] = asyncio.get_running_loop().create_future()
             try:
                 await self._transport.publish(
-                    self._spec.name, encode(request), persistent=True, headers={"renewal": number}
+                    self._spec.name,
+                    encode(request),
+                    persistent=True,
+                    priority=PRIORITY_BEGUN,
+                    headers={"renewal": number},
                 )
                 delivery = await asyncio.wait_for(arrival, RENEWAL_TIMEOUT_S)
             except TimeoutError:
                 emit(CHECKPOINT_LATE, request=request.id)
-                return False
+                return None
             finally:
                 del self._expected[number]
             old, lease.delivery = lease.delivery, delivery
@@ -79,7 +84,7 @@ class LeaseQueue:
             lease.renewed_at_s = now_s
             await old.ack()
         emit(CHECKPOINT_KEPT, request=request.id, output_tokens=len(request.output))
-        return True
+        return request
 
     async def close(self) -> None:
         """Remove the queue where nothing is left in it; a queue that holds something expires by itself."""

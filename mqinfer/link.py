@@ -7,12 +7,13 @@ a new one: what it held is with others by then.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_never, wait_exponential_jitter
 
-from mqinfer.errors import TransportError, Unroutable
+from mqinfer.errors import Refused, TransportError, Unroutable
 from mqinfer.observe import BODY_REFUSED, LINK_LOST, LINK_OPENED, emit
 from mqinfer.queues import QueueSpec
 from mqinfer.transports.base import Delivery, Transport
@@ -31,22 +32,34 @@ async def keep_linked(
     """Run `session` over a link, and again over a new one each time the link is lost, until it returns.
 
     `session` itself must end when `stop` is set; between two links this function sees to it.
-    Raises: Refused if the first link can't be opened (a wrong address or password does not mend itself).
+    Raises: Refused if the first link can't be opened, or the broker refuses what a session declares: a wrong
+    address, password or queue does not mend itself.
     """
     transport = await _unless(stop, connect())
+    short = 0
     while transport is not None:
         emit(LINK_OPENED, actor=actor)
+        began_s = time.monotonic()
         try:
             await session(transport)
             return
+        except* Refused:
+            raise
         except* TransportError as group:
             emit(LINK_LOST, actor=actor, error=str(first(group)))
         finally:
             await transport.close()
-        transport = await _unless(stop, _reopen(connect))
+        short = 0 if time.monotonic() - began_s > BACKOFF_MOST_S else short + 1
+        transport = await _unless(stop, _reopen(connect, pause_s=_backoff_s(short)))
 
 
-async def _reopen(connect: Connect) -> Transport:
+def _backoff_s(short: int) -> float:
+    """How long to wait after so many short sessions in a row."""
+    return 0.0 if short < 2 else min(BACKOFF_FIRST_S * 2.0 ** min(short, 10), BACKOFF_MOST_S)
+
+
+async def _reopen(connect: Connect, *, pause_s: float) -> Transport:
+    await asyncio.sleep(pause_s)
     wait = wait_exponential_jitter(multiplier=BACKOFF_FIRST_S, max=BACKOFF_MOST_S, jitter=BACKOFF_FIRST_S)
     retrying = AsyncRetrying(wait=wait, stop=stop_never, retry=retry_if_exception_type(TransportError))
     return await retrying(connect)

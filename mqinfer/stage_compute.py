@@ -15,7 +15,7 @@ from mqinfer.messages import Miss, MissReason, Row, Step, StepDone
 from mqinfer.plan import Plan
 from mqinfer.stage_engine import Done, StageEngine, Work
 from mqinfer.tensor_codec import pack, unpack
-from mqinfer.wire import encode
+from mqinfer.wire import MAX_STEP_BYTES, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Outgoing:
     ends: bool
     #: Rows this stage gave up.
     misses: tuple[Miss, ...] = ()
+    #: How many rows it computed.
+    computed: int = 0
     #: Where the step's tensor could not be read: why. The step itself belongs to the dead-letter queue then.
     unreadable: str = ""
 
@@ -40,6 +42,7 @@ class StageCompute:
         self._codec = codec
         self._threads = threads
         self._device = torch.device(engine.device)
+        self._max_tokens = MAX_STEP_BYTES // (plan.hidden_size * plan.itemsize)
         self.engine = engine
 
     def prepare_thread(self) -> None:
@@ -91,7 +94,7 @@ class StageCompute:
                 step.hidden,
                 dtype=getattr(torch, self._plan.dtype),
                 hidden_size=self._plan.hidden_size,
-                max_tokens=sum(row.count for row in step.rows),
+                max_tokens=self._max_tokens,
                 device=self._device,
             )
             return Work(owner=step.owner, rows=step.rows, tokens=None, hidden=hidden)
@@ -101,18 +104,18 @@ class StageCompute:
     def _outgoing(self, step: Step, done: Done) -> Outgoing:
         misses = step.misses + done.misses
         if done.hidden is None or not done.rows:
-            return Outgoing(body=self._end(step, done, misses), ends=True, misses=done.misses)
+            return Outgoing(body=self._end(step, done, misses), ends=True, misses=done.misses, computed=len(done.rows))
         try:
             hidden = pack(done.hidden, self._codec)
         except ComputeError as error:  # not finite where the codec can't carry it
             missed = tuple(self._miss(row, MissReason.COMPUTE, str(error)) for row in done.rows)
             return Outgoing(body=self._end(step, done, misses + missed), ends=True, misses=done.misses + missed)
         onward = replace(step, stage=self._stage + 1, rows=done.rows, misses=misses, tokens=(), hidden=hidden)
-        return Outgoing(body=encode(onward), ends=False, misses=done.misses)
+        return Outgoing(body=encode(onward), ends=False, misses=done.misses, computed=len(done.rows))
 
     def _refused(self, step: Step, error: WireError) -> Outgoing:
         missed = tuple(self._miss(row, MissReason.COMPUTE, str(error)) for row in step.rows)
-        body = encode(step_done(step, missed))
+        body = encode(step_done(step, step.misses + missed))
         return Outgoing(body=body, ends=True, misses=missed, unreadable=str(error))
 
     def _miss(self, row: Row, reason: MissReason, detail: str) -> Miss:

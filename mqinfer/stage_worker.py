@@ -13,11 +13,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mqinfer import __version__
-from mqinfer.errors import PlanMismatch, Unroutable, WireError
+from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
 from mqinfer.link import Connect, bury, keep_linked, publish_declared
 from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step
 from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
@@ -26,15 +27,16 @@ from mqinfer.queues import Topology, new_id
 from mqinfer.settings import WorkerSettings
 from mqinfer.stage_compute import Outgoing, StageCompute, step_done
 from mqinfer.stage_engine import StageEngine
-from mqinfer.transports.base import Delivery, Subscription, Transport
-from mqinfer.wire import decode, encode
+from mqinfer.stage_inbox import StageInbox
+from mqinfer.transports.base import Delivery, Transport
+from mqinfer.wire import MAX_STEP_BYTES, decode, encode
 
-#: Steps of microbatches that this worker serves already, handed to us ahead of the forward they will join.
-OWN_PREFETCH = 64
 #: Forwards whose outputs may still be on their way out when the next one ends.
 PUBLISHING = 2
-#: How long a worker without room waits before it looks again.
-ROOM_PAUSE_S = 0.2
+#: How long a worker that met another plan keeps away from the shared queue.
+PLAN_PAUSE_S = 30.0
+#: After so many steps in a row of which every row failed to compute, the worker ends.
+MOST_FAILED_STEPS = 12
 #: How often rows whose coordinator is gone are looked for.
 IDLE_ROUND_S = 5.0
 
@@ -108,13 +110,10 @@ class WorkerSession:
         self._topology = Topology(plan.name)
         self.id = new_id(f"s{stage}")
         self._queue = self._topology.worker(self.id)
-        self._shared = self._topology.stage(stage)
-        self._own_inbox: deque[Delivery] = deque()
-        self._shared_inbox: deque[Delivery] = deque()
-        self._arrived = asyncio.Event()
-        self._subscription: Subscription | None = None
+        self._inbox = StageInbox(transport, self._queue, self._topology.stage(stage))
         self._publishing = asyncio.Semaphore(PUBLISHING)
         self._closing = False
+        self._failed_in_a_row = 0
         self._counts: Counter[str] = Counter()
         self._tasks: asyncio.TaskGroup
 
@@ -137,49 +136,30 @@ class WorkerSession:
     async def _open(self) -> None:
         for spec in self._topology.shared(len(self._plan.stages)):
             await self._transport.declare(spec)
-        await self._transport.declare(self._queue)
-        await self._transport.consume(self._queue.name, prefetch=OWN_PREFETCH, sink=self._own_arrived)
-        await self._listen()
+        await self._inbox.open(self._tasks)
 
     # -- taking --------------------------------------------------------------------------------
 
-    def _own_arrived(self, delivery: Delivery) -> None:
-        self._own_inbox.append(delivery)
-        self._arrived.set()
-
-    def _shared_arrived(self, delivery: Delivery) -> None:
-        self._shared_inbox.append(delivery)
-        self._arrived.set()
-
-    async def _listen(self) -> None:
-        """New microbatches come one at a time, so that who is free takes them."""
-        self._subscription = await self._transport.consume(self._shared.name, prefetch=1, sink=self._shared_arrived)
-
-    async def _stop_listening(self) -> None:
-        if self._subscription is not None:
-            subscription, self._subscription = self._subscription, None
-            await subscription.cancel()
-
     async def _work_until(self, enough: Callable[[], bool]) -> None:
         while not enough():
-            self._arrived.clear()
+            self._inbox.arrived.clear()
             taken = await self._take()
             for group in _groups(taken):
                 await self._run(group)
-            if not (taken or self._own_inbox or self._shared_inbox or enough()):
-                await self._arrived.wait()
+            if not (taken or self._inbox.own or self._inbox.shared or enough()):
+                await self._inbox.arrived.wait()
 
     async def _take(self) -> list[Taken]:
         """The steps of the next forward: all that wait here already, then a new microbatch if there is room."""
         taken: list[Taken] = []
         tokens = 0
-        while self._own_inbox and tokens < self._settings.merge_tokens:
-            item = await self._read(self._own_inbox.popleft())
+        while self._inbox.own and tokens < self._settings.merge_tokens:
+            item = await self._read(self._inbox.own.popleft())
             if item is not None:
                 taken.append(item)
                 tokens += sum(row.count for row in item.step.rows)
-        if self._shared_inbox and tokens < self._settings.merge_tokens:
-            item = await self._read(self._shared_inbox.popleft())
+        if self._inbox.shared and tokens < self._settings.merge_tokens:
+            item = await self._read(self._inbox.shared.popleft())
             if item is not None and await self._accept(item):
                 taken.append(item)
         return taken
@@ -187,7 +167,7 @@ class WorkerSession:
     async def _read(self, delivery: Delivery) -> Taken | None:
         """The step in the delivery; everything else is dealt with here."""
         try:
-            message = decode(delivery.body)
+            message = decode(delivery.body, limit_bytes=2 * MAX_STEP_BYTES)
             if not isinstance(message, Probe | Ask | Release | Step):
                 raise WireError(f"a {type(message).__name__} is not for a worker")
             if isinstance(message, Step):
@@ -205,7 +185,10 @@ class WorkerSession:
 
     async def _check(self, step: Step) -> None:
         if step.plan != self._plan.digest:
-            await self._give_up(step, MissReason.PLAN, f"this worker serves plan {self._plan.digest}")
+            await self._give_up(step, MissReason.PLAN, f"a worker of plan {self._plan.digest}")
+            # Of another plan, they or we: keep from swallowing what a worker of the right one could do.
+            until_s = time.monotonic() + PLAN_PAUSE_S
+            await self._inbox.stop_until(lambda: time.monotonic() > until_s)
             raise PlanMismatch(f"made for plan {step.plan}, this worker serves {self._plan.digest}")
         if step.stage != self._stage or len(step.route) < self._stage:
             raise WireError(f"a step for stage {step.stage} with a route of {len(step.route)} at stage {self._stage}")
@@ -218,25 +201,13 @@ class WorkerSession:
             return False
         if self._has_room(taken.step):
             return True
-        await self._stop_listening()
-        await self._put_back(taken.delivery)
-        self._tasks.create_task(self._listen_when_there_is_room(taken.step))
+        await self._inbox.stop_until(lambda: self._has_room(taken.step))
+        await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
         return False
 
     def _has_room(self, step: Step) -> bool:
         """An empty worker takes anything: what does not fit it then never will, and its owner is told."""
         return self._compute.is_empty or self._compute.fits(step.rows)
-
-    async def _listen_when_there_is_room(self, step: Step) -> None:
-        while not self._has_room(step):  # noqa: ASYNC110 - the cache belongs to another thread, which tells nobody
-            await asyncio.sleep(ROOM_PAUSE_S)
-        if not self._closing:
-            await self._listen()
-
-    async def _put_back(self, delivery: Delivery) -> None:
-        """Published anew, not requeued: `redelivered` must mean that a worker died with it."""
-        await publish_declared(self._transport, self._shared, delivery.body)
-        await delivery.ack()
 
     # -- computing and publishing --------------------------------------------------------------
 
@@ -255,64 +226,87 @@ class WorkerSession:
                 if out.ends:
                     await self._to_owner(item.step.owner, out.body)
                 else:
-                    await self._to_next(item.step, out.body)
+                    await self._to_next(item.step, out)
                 if out.unreadable:
                     await bury(self._transport, self._topology.dead, item.delivery, out.unreadable)
                 else:
                     await item.delivery.ack()
         finally:
             self._publishing.release()
+        self._check_health(outgoing)
 
-    async def _to_next(self, step: Step, body: bytes) -> None:
+    def _check_health(self, outgoing: Sequence[Outgoing]) -> None:
+        """A device that fails at everything must not go on drawing work to itself."""
+        for out in outgoing:
+            failed = any(miss.reason in (MissReason.COMPUTE, MissReason.MEMORY) for miss in out.misses)
+            self._failed_in_a_row = self._failed_in_a_row + 1 if failed and not out.computed else 0
+        if self._failed_in_a_row >= MOST_FAILED_STEPS:
+            raise ComputeError(f"{self._failed_in_a_row} steps in a row failed here: is the device all right?")
+
+    async def _to_next(self, step: Step, out: Outgoing) -> None:
         if len(step.route) <= self._stage + 1:
-            await publish_declared(self._transport, self._topology.stage(self._stage + 1), body)
+            await publish_declared(
+                self._transport, self._topology.stage(self._stage + 1), out.body, ttl_s=step.ttl_s or None
+            )
             return
         try:
-            await self._transport.publish(step.route[self._stage + 1], body)
+            await self._transport.publish(step.route[self._stage + 1], out.body)
         except Unroutable:
-            await self._give_up(step, MissReason.GONE, "the next worker is gone")
+            await self._give_up(step, MissReason.GONE, "the next worker is gone", beside=out.misses)
 
     async def _to_owner(self, owner: str, body: bytes) -> None:
         with contextlib.suppress(Unroutable):  # the coordinator is gone; its rows are forgotten when idle
             await self._transport.publish(owner, body)
 
-    async def _give_up(self, step: Step, reason: MissReason, detail: str) -> None:
-        """End the trip here with all rows missed."""
+    async def _give_up(self, step: Step, reason: MissReason, detail: str, *, beside: tuple[Miss, ...] = ()) -> None:
+        """End the trip here with all rows missed, but for those that were missed already `beside`."""
+        known = {miss.row for miss in beside}
         missed = tuple(
-            Miss(row=row.row, epoch=row.epoch, stage=self._stage, reason=reason, detail=detail) for row in step.rows
+            Miss(row=row.row, epoch=row.epoch, stage=self._stage, reason=reason, detail=detail)
+            for row in step.rows
+            if row.row not in known
         )
         self._tell(missed)
-        await self._to_owner(step.owner, encode(step_done(step, step.misses + missed)))
+        await self._to_owner(step.owner, encode(step_done(step, step.misses + beside + missed)))
 
     # -- the rest ------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
         """Take nothing new, serve the rows that are cached here for a while, give back the rest."""
         self._closing = True
-        await self._stop_listening()
-        while self._shared_inbox:
-            await self._put_back(self._shared_inbox.popleft())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.drain_s):
-                await self._work_until(lambda: self._compute.is_empty and not self._own_inbox)
-        given_back = 0
-        while self._own_inbox:
-            item = await self._read(self._own_inbox.popleft())
-            if item is not None:
-                await self._give_up(item.step, MissReason.GONE, "the worker leaves")
-                await item.delivery.ack()
-                given_back += len(item.step.rows)
-        emit(WORKER_DRAINED, given_back=given_back)
+        await self._inbox.close()
+        await self._give_back(self._inbox.shared)
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._settings.drain_s
+        alarm = loop.call_at(deadline_s, self._inbox.arrived.set)
+        await self._work_until(lambda: loop.time() >= deadline_s or (self._compute.is_empty and not self._inbox.own))
+        alarm.cancel()
+        emit(WORKER_DRAINED, given_back=await self._give_back(self._inbox.own))
+
+    async def _give_back(self, inbox: deque[Delivery]) -> int:
+        """Microbatches on their first trip are put back, others end theirs here; how many rows that were."""
+        rows = 0
+        while inbox:
+            taken = await self._read(inbox.popleft())
+            if taken is None:
+                continue
+            rows += len(taken.step.rows)
+            if inbox is self._inbox.shared:
+                await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
+            else:
+                await self._give_up(replace(taken.step, closing=True), MissReason.GONE, "the worker leaves")
+                await taken.delivery.ack()
+        return rows
 
     async def _forget_idle(self) -> None:
         while True:
             await asyncio.sleep(IDLE_ROUND_S)
             if await self._in_thread(self._compute.engine.forget_idle):
-                self._arrived.set()
+                self._inbox.arrived.set()
 
     async def _wake_when(self, stop: asyncio.Event) -> None:
         await stop.wait()
-        self._arrived.set()
+        self._inbox.arrived.set()
 
     async def _report(self, ask: Ask) -> None:
         engine = self._compute.engine
@@ -323,7 +317,7 @@ class WorkerSession:
             stage=self._stage,
             clock_s=time.monotonic(),
             values={
-                "unacknowledged": len(self._own_inbox) + len(self._shared_inbox),
+                "unacknowledged": len(self._inbox.own) + len(self._inbox.shared),
                 "kv_used_bytes": engine.kv_used_bytes,
                 "kv_budget_bytes": engine.kv_budget_bytes,
                 "cached_rows": engine.cached_rows,

@@ -73,6 +73,8 @@ class FakeEngine:
     seconds_per_forward: float = 0.0
     #: Called with the rows before they are computed; may raise to play a crash.
     before: Callable[[Sequence[Row]], None] | None = None
+    #: Every forward fails.
+    broken: bool = False
     device: str = "cpu"
     kv_budget_bytes: int = 10**9
     computed: int = 0
@@ -122,7 +124,7 @@ class FakeEngine:
         rows, hidden, sampled, misses = [], [], [], []
         for row in work.rows:
             new, values = values[: row.count], values[row.count :]
-            problem = self._admit(work.owner, row)
+            problem = MissReason.COMPUTE if self.broken else self._admit(work.owner, row)
             if problem is not None:
                 misses.append(Miss(row=row.row, epoch=row.epoch, stage=self.stage, reason=problem))
                 continue

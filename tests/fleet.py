@@ -48,7 +48,11 @@ class Actor:
     async def kill(self) -> None:
         """As SIGKILL does: its links end at once, nothing is said or given back."""
         self.task.cancel()
-        await asyncio.wait({self.task})
+        _, stuck = await asyncio.wait({self.task}, timeout=PATIENCE_S / 4)
+        if stuck:
+            for task in asyncio.all_tasks():
+                task.print_stack()
+            raise AssertionError("an actor that was cancelled goes on")
         for link in self._links:
             await link.close()
 

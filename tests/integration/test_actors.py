@@ -11,6 +11,8 @@ from fakes import continuation, make_plan
 from fleet import PATIENCE_S, Fleet, until
 
 from mqinfer import survey
+from mqinfer.errors import ComputeError, Refused
+from mqinfer.link import first
 from mqinfer.messages import FinishReason, Request, Result, Row, Step
 from mqinfer.producer import Producer
 from mqinfer.queues import Topology, new_id
@@ -267,8 +269,11 @@ async def test_a_request_for_another_plan_becomes_a_failure_that_says_so(fleet: 
     assert "plan" in failure.error
 
 
-async def test_a_worker_of_another_plan_refuses_and_the_row_fails_with_the_reason(fleet: Fleet, job: Job) -> None:
-    fleet.worker(0, plan=replace(fleet.plan, fingerprint="e" * 64))
+async def test_a_worker_of_another_plan_refuses_and_the_row_fails_with_the_reason(
+    fleet: Fleet, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqinfer.stage_worker.PLAN_PAUSE_S", 0.1)
+    stranger = fleet.worker(0, plan=replace(fleet.plan, fingerprint="e" * 64))
     fleet.worker(1)
     fleet.coordinator()
     await job.ask(1)
@@ -277,7 +282,87 @@ async def test_a_worker_of_another_plan_refuses_and_the_row_fails_with_the_reaso
     assert "plan" in failure.error
     dead = await job.transport.inspect(Topology(fleet.plan.name).dead.name)
     assert dead is not None
+    assert dead.ready == 3
+    assert stranger.engine is not None
+    assert stranger.engine.computed == 0
+
+
+async def test_a_worker_of_another_plan_does_not_swallow_the_work_of_others(fleet: Fleet, job: Job) -> None:
+    fleet.worker(0, plan=replace(fleet.plan, fingerprint="e" * 64))
+    fleet.worker(0)
+    fleet.worker(1)
+    fleet.coordinator()
+    await job.ask(60)
+    await job.gather()
+    job.check()
+
+
+async def test_a_full_worker_that_is_told_to_stop_stops(fleet: Fleet, job: Job) -> None:
+    full = fleet.worker(0, budget_rows=2, drain_s=0.2, seconds_per_forward=0.02)
+    last = fleet.worker(1)
+    fleet.coordinator()
+    await job.ask(20, max_tokens=50)
+    await until(lambda: full.engine is not None and full.engine.cached_rows >= 2)
+    await last.kill()
+    await full.stop()
+    for stage in (0, 1):
+        fleet.worker(stage)
+    await job.gather()
+    job.check()
+
+
+async def test_rows_that_a_leaving_worker_can_not_finish_go_on_elsewhere_without_blame(fleet: Fleet, job: Job) -> None:
+    leaving = fleet.worker(0, drain_s=0.1, seconds_per_forward=0.02)
+    fleet.worker(1)
+    coordinator = fleet.coordinator()
+    await job.ask(10, max_tokens=60)
+    await until(lambda: leaving.engine is not None and leaving.engine.computed > 150)
+    await leaving.stop()
+    fleet.worker(0)
+    await job.gather()
+    job.check()
+    assert not coordinator.task.done()
+
+
+async def test_a_worker_whose_device_fails_at_everything_ends_and_healthy_ones_go_on(fleet: Fleet, job: Job) -> None:
+    broken = fleet.worker(0)
+    assert broken.engine is not None
+    broken.engine.broken = True
+    fleet.worker(1)
+    fleet.coordinator()
+    await job.ask(20)
+    with pytest.raises(ExceptionGroup) as ended:
+        await asyncio.wait_for(broken.task, PATIENCE_S)
+    assert isinstance(first(ended.value), ComputeError)
+    fleet.worker(0)
+    await job.gather()
+    assert len(job.results) == 20
+
+
+async def test_a_refused_queue_ends_the_actor_with_the_reason(fleet: Fleet, job: Job) -> None:
+    unlike = replace(Topology(fleet.plan.name).requests, max_priority=5)
+    await job.transport.declare(unlike)
+    coordinator = fleet.coordinator()
+    with pytest.raises((ExceptionGroup, Refused)) as ended:
+        await asyncio.wait_for(coordinator.task, PATIENCE_S)
+    assert isinstance(first(ended.value) if isinstance(ended.value, ExceptionGroup) else ended.value, Refused)
+
+
+async def test_a_request_of_a_job_that_can_not_be_answered_is_buried(fleet: Fleet, job: Job) -> None:
+    coordinator = fleet.coordinator()
+    for stage in (0, 1):
+        fleet.worker(stage)
+    topology = Topology(fleet.plan.name)
+    await job.ask(3)
+    bad = Request(id="x", job="No Name!", plan=fleet.plan.digest, prompt=(5,), max_tokens=1)
+    await job.transport.publish(topology.requests.name, encode(bad), persistent=True)
+    await job.ask(3, first=3)
+    await job.gather()
+    job.check()
+    dead = await job.transport.inspect(topology.dead.name)
+    assert dead is not None
     assert dead.ready == 1
+    assert not coordinator.task.done()
 
 
 async def test_garbage_goes_to_the_dead_letters_and_everybody_lives(fleet: Fleet, job: Job) -> None:

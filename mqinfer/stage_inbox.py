@@ -1,0 +1,78 @@
+"""What has arrived at a worker and waits for its next forward, and when it listens for more. Nothing is read here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+from mqinfer.link import publish_declared
+from mqinfer.queues import QueueSpec
+from mqinfer.transports.base import Delivery, Subscription, Transport
+
+#: Steps of microbatches that the worker serves already, handed to it ahead of the forward they will join.
+OWN_PREFETCH = 64
+#: How often a worker that does not listen looks whether it may again.
+PAUSE_S = 0.2
+
+
+class StageInbox:
+    """A worker's own queue, which it always listens to, and its stage's shared queue, which it leaves when it must."""
+
+    def __init__(self, transport: Transport, own: QueueSpec, shared: QueueSpec) -> None:
+        self._transport = transport
+        self._own = own
+        self._shared = shared
+        self._subscription: Subscription | None = None
+        self._returning: asyncio.Task[None] | None = None
+        self._tasks: asyncio.TaskGroup
+        #: Later trips of microbatches that are cached here.
+        self.own: deque[Delivery] = deque()
+        #: First trips.
+        self.shared: deque[Delivery] = deque()
+        #: Set when something came.
+        self.arrived = asyncio.Event()
+
+    async def open(self, tasks: asyncio.TaskGroup) -> None:
+        """Declare the own queue and listen to both. Raises: TransportError."""
+        self._tasks = tasks
+        await self._transport.declare(self._own)
+        await self._transport.consume(
+            self._own.name, prefetch=OWN_PREFETCH, sink=lambda delivery: self._store(self.own, delivery)
+        )
+        await self._listen()
+
+    async def stop_until(self, ready: Callable[[], bool]) -> None:
+        """Leave the shared queue to others until `ready` says yes; a later call replaces an earlier one."""
+        await self.close()
+        self._returning = self._tasks.create_task(self._return(ready))
+
+    async def close(self) -> None:
+        """Leave the shared queue to others for good. What came already stays here."""
+        if self._returning is not None:
+            self._returning.cancel()
+            await asyncio.wait({self._returning})
+            self._returning = None
+        if self._subscription is not None:
+            subscription, self._subscription = self._subscription, None
+            await subscription.cancel()
+
+    async def put_back(self, delivery: Delivery, *, ttl_s: float) -> None:
+        """Published anew, not requeued: `redelivered` must mean that a worker died with it."""
+        await publish_declared(self._transport, self._shared, delivery.body, ttl_s=ttl_s or None)
+        await delivery.ack()
+
+    async def _return(self, ready: Callable[[], bool]) -> None:
+        while not ready():  # noqa: ASYNC110 - room is made in a thread that tells nobody
+            await asyncio.sleep(PAUSE_S)
+        await self._listen()
+
+    async def _listen(self) -> None:
+        """New microbatches come one at a time, so that who is free takes them."""
+        self._subscription = await self._transport.consume(
+            self._shared.name, prefetch=1, sink=lambda delivery: self._store(self.shared, delivery)
+        )
+
+    def _store(self, inbox: deque[Delivery], delivery: Delivery) -> None:
+        inbox.append(delivery)
+        self.arrived.set()
