@@ -5,17 +5,15 @@ Nothing is kept per line but a few bytes, so that a file of a million lines fits
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from mqinfer.errors import RequestError, SettingsError
+from mqinfer.errors import RequestError
 from mqinfer.messages import Request, Result
 from mqinfer.openai_bodies import (
     COMPLETIONS,
@@ -34,6 +32,8 @@ from mqinfer.tokenizer import Tokenizer
 
 #: A longer line is refused unread.
 MAX_LINE_BYTES = 16 * 2**20
+#: Log-probabilities of one request at most, so that its result fits into a message.
+MAX_LOGPROBS = 100_000
 #: The keys of a line in OpenAI's batch format; every other line is in the short form.
 _LINE_KEYS = frozenset({"custom_id", "method", "url", "body"})
 
@@ -76,7 +76,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
-            if len(line) > MAX_LINE_BYTES:
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
                 while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                     pass
             if line.strip():
@@ -104,8 +104,8 @@ def parse_line(number: int, raw: bytes) -> Line:
     if not isinstance(line, dict):
         raise LineError(f"line {number}: not a JSON object", None)
     custom_id = line.get("custom_id")
-    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= 512:
-        raise LineError(f"line {number}: custom_id is missing or not a text of 1 to 512 characters", None)
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= 512 or not custom_id.isprintable():
+        raise LineError(f"line {number}: custom_id is missing or not a text of 1 to 512 printable characters", None)
     try:
         url, body = _long_form(line) if _LINE_KEYS & line.keys() - {"custom_id"} else _short_form(line)
         return Line(number, custom_id, url, parse_body(url, body))
@@ -123,7 +123,7 @@ class LineError(RequestError):
 
 def _long_form(line: dict[str, Any]) -> tuple[str, Any]:
     if unknown := line.keys() - _LINE_KEYS:
-        raise RequestError(f"field {min(unknown)}: is not supported here")
+        raise RequestError(f"field {min(unknown)!r}: is not supported here")
     if line.get("method", "POST") != "POST":
         raise RequestError(f"field method: {line['method']!r} is not POST")
     if not isinstance(line.get("body"), dict):
@@ -138,12 +138,15 @@ def _short_form(line: dict[str, Any]) -> tuple[str, Any]:
 def to_request(line: Line, *, job: str, plan: Plan, tokenizer: Tokenizer, settings: BatchSettings) -> Request:
     """Raises: RequestError where the model can't take it."""
     _check_model(line.body.model, plan)
+    _check_logprobs(line.body, settings)
     prompt = _prompt(line, tokenizer)
     room = plan.context_tokens - len(prompt)
     if not prompt:
         raise RequestError("the prompt has no tokens")
     if room < 1:
         raise RequestError(f"the prompt is too long: {len(prompt)} tokens, the model takes {plan.context_tokens}")
+    if not all(0 <= token < plan.vocab_size for token in prompt):
+        raise RequestError(f"field prompt: a token id is not in the model's vocabulary of {plan.vocab_size}")
     return Request(
         id=f"{job}.{line.number}",
         job=job,
@@ -185,8 +188,9 @@ class Chunk:
     #: By line number.
     requests: dict[int, Request]
     refusals: list[Refusal]
-    #: Number of the last line looked at.
+    #: Number of the last line looked at, and `lines_digest` up to it.
     last: int
+    digest: str
 
 
 class LineReader:
@@ -203,8 +207,11 @@ class LineReader:
         """The lines that do not have their row, `size` lines of input at a time. Raises: OSError."""
         lines = read_lines(self.path)
         seen: set[int] = set()
+        digest = hashlib.blake2b(digest_size=16)
         while batch := list(islice(lines, size)):
-            chunk = Chunk({}, [], batch[-1][0])
+            for _, raw in batch:
+                digest.update(raw.strip())
+            chunk = Chunk({}, [], batch[-1][0], digest.hexdigest())
             for number, raw in batch:
                 self._sort(number, raw, chunk, seen, has)
             yield chunk
@@ -230,19 +237,25 @@ class LineReader:
             raise LineError(f"line {line.number}: {error}", line.custom_id) from None
 
 
+def _check_logprobs(body: ChatBody | CompletionBody, settings: BatchSettings) -> None:
+    entries = (body.limit() or settings.max_tokens) * (body.alternatives() + 1)
+    if entries > MAX_LOGPROBS:
+        raise RequestError(f"max_tokens × (alternatives + 1) is {entries}, more log-probabilities than {MAX_LOGPROBS}")
+
+
 def result_row(result: Result, token_text: TokenText) -> bytes:
     """The output line for a result."""
     tag = Tag.load(result.tag)
     if failed(result):
-        return error_row(tag.number, tag.custom_id, result.error, code=result.error_code)
+        return error_row(tag.number, tag.custom_id, result.error, code=result.error_code, row_id=result.id)
     body = response_body(result, url=tag.url, model=tag.model, token_text=token_text)
     return batch_row(row_id=result.id, custom_id=tag.custom_id, body=body, error=None)
 
 
-def error_row(number: int, custom_id: str | None, message: str, *, code: str) -> bytes:
+def error_row(number: int, custom_id: str | None, message: str, *, code: str, row_id: str = "") -> bytes:
     """The output line for an input line that failed."""
     error = {"code": code, "message": message, "line": number}
-    return batch_row(row_id=f"line-{number}", custom_id=custom_id, body=None, error=error)
+    return batch_row(row_id=row_id or f"line-{number}", custom_id=custom_id, body=None, error=error)
 
 
 def fingerprint(name: str) -> int:
@@ -250,105 +263,11 @@ def fingerprint(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-class OutputFile:
-    """The results file, open for appending; what it held already is known."""
-
-    def __init__(self, path: Path, *, retry_errors: bool = False) -> None:
-        """Repairs a torn last line. Raises: SettingsError where the file can't be written or isn't ours."""
-        self.path = path
-        #: Fingerprints of the custom_ids that have a row, and the numbers of lines without id that have one.
-        self.ids: set[int] = set()
-        self.lines: set[int] = set()
-        self.answered = 0
-        self.failed = 0
-        try:
-            if path.exists():
-                self._repair(retry_errors)
-            self._file: BinaryIO = path.open("ab")
-        except OSError as error:
-            raise SettingsError(f"can't write {path}: {error.strerror}") from error
-
-    def append(self, rows: list[bytes]) -> None:
-        """Returns when the rows are on disk. Raises: OSError."""
-        self._file.write(b"".join(rows))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Idempotent."""
-        self._file.close()
-
-    def _repair(self, retry_errors: bool) -> None:
-        kept = self.path.with_name(self.path.name + ".repair")
-        try:
-            if self._copy_good(kept, retry_errors):
-                kept.replace(self.path)
-        finally:
-            kept.unlink(missing_ok=True)
-
-    def _copy_good(self, kept: Path, retry_errors: bool) -> bool:
-        """Whether anything was left out."""
-        changed = False
-        with self.path.open("rb") as old, kept.open("wb") as new:
-            for raw in old:
-                if raw.endswith(b"\n") and self._know(raw, retry_errors):
-                    new.write(raw)
-                else:
-                    changed = True
-            new.flush()
-            os.fsync(new.fileno())
-        return changed
-
-    def _know(self, raw: bytes, retry_errors: bool) -> bool:
-        """Take note of a row; False where it is not to stay."""
-        try:
-            row = json.loads(raw)
-            custom_id, error = row["custom_id"], row["error"]
-        except (ValueError, TypeError, KeyError):
-            raise SettingsError(
-                f"{self.path} has a line that is not a batch result: give -o another file, or remove this one"
-            ) from None
-        if error and retry_errors:
-            return False
-        self.failed += bool(error)
-        self.answered += not error
-        if custom_id is not None:
-            self.ids.add(fingerprint(custom_id))
-        if error:
-            self.lines.add(int(error.get("line", 0)))
-        return True
-
-
-@dataclass(slots=True)
-class Ticket:
-    """Beside an output file: which job of the fleet is filling it, so that a later run goes on with the same one."""
-
-    #: None: nothing is kept, the job dies with this process.
-    path: Path | None
-    job: str
-    plan: str
-    #: Every line up to here that has no row was enqueued.
-    enqueued: int = 0
-
-    @classmethod
-    def beside(cls, output: Path, *, job: str, plan: str) -> tuple[Ticket, bool]:
-        """The ticket of an earlier run with the same plan, and True; or a new one for `job`, and False."""
-        path = output.with_name(output.name + ".job")
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            old = json.loads(path.read_text())
-            if old["plan"] == plan:
-                return cls(path, str(old["job"]), plan, int(old["enqueued"])), True
-        return cls(path, job, plan), False
-
-    def save(self) -> None:
-        """Raises: OSError."""
-        if self.path is None:
-            return
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_text(json.dumps({"job": self.job, "plan": self.plan, "enqueued": self.enqueued}))
-        new.replace(self.path)
-
-    def remove(self) -> None:
-        """The job is over."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+def lines_digest(path: Path, last: int) -> str:
+    """Stands for the lines of a prompts file up to number `last`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for number, raw in read_lines(path):
+        if number > last:
+            break
+        digest.update(raw.strip())
+    return digest.hexdigest()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 
 from mqinfer import survey
-from mqinfer.batch_files import Chunk, LineReader, Refusal, Tag, Ticket
+from mqinfer.batch_files import Chunk, LineReader, Refusal, Tag
+from mqinfer.batch_output import Ticket
 from mqinfer.batch_rows import Progress, Rows
 from mqinfer.errors import SettingsError
 from mqinfer.link import Connect, keep_linked
@@ -25,14 +26,17 @@ STALL_S = 10.0
 STALL_LOOKS = 4
 #: Results handed over ahead of being written.
 COLLECT_PREFETCH = 1024
+#: Who does not want to wait takes what comes until nothing comes for so long.
+NO_WAIT_S = 2.0
 
 
 class BatchJob:
     """One run of `mqinfer batch`."""
 
     def __init__(
-        self, reader: LineReader, rows: Rows, ticket: Ticket, plan: Plan, *, window: int, resumed: bool
+        self, reader: LineReader, rows: Rows, ticket: Ticket, plan: Plan, *, window: int, abandoned: str = ""
     ) -> None:
+        """`abandoned`: an earlier job of the same output file, whose results nobody will collect."""
         self._reader = reader
         self._rows = rows
         self._ticket = ticket
@@ -43,7 +47,8 @@ class BatchJob:
         self._pending: Chunk | None = None
         self._fed = False
         #: Lines up to here are in the fleet's hands from an earlier run.
-        self._presumed = ticket.enqueued if resumed else 0
+        self._presumed = ticket.enqueued
+        self._abandoned = abandoned
         #: Numbers of enqueued lines without a row; at most the window and one chunk.
         self._flying: set[int] = set()
         self._changed = asyncio.Condition()
@@ -59,6 +64,9 @@ class BatchJob:
         async def session(transport: Transport) -> None:
             producer = Producer(transport, Topology(self._plan.name), self._ticket.job)
             await producer.open()
+            if self._abandoned:
+                await Producer(transport, Topology(self._plan.name), self._abandoned).forget()
+            await asyncio.to_thread(self._ticket.save)
             await producer.listen(prefetch=self._window)
             async with asyncio.TaskGroup() as tasks:
                 loops = (
@@ -95,7 +103,8 @@ class BatchJob:
         await self._rows.refuse(chunk.refusals)
         self._flying.update(number for number in chunk.requests if not self._rows.has(number, None))
         await producer.submit(request for number, request in chunk.requests.items() if number > self._presumed)
-        self._ticket.enqueued = max(self._ticket.enqueued, chunk.last)
+        if chunk.last > self._ticket.enqueued:
+            self._ticket.enqueued, self._ticket.digest = chunk.last, chunk.digest
         await asyncio.to_thread(self._ticket.save)
 
     async def _collect(self, producer: Producer) -> None:
@@ -190,13 +199,12 @@ async def collect(job: str, rows: Rows, connect: Connect, stop: asyncio.Event, *
     async def session(transport: Transport) -> None:
         nonlocal whole
         producer = Producer(transport, topology, job)
-        there = await producer.waiting()
-        if there is None:
+        if await producer.waiting() is None:
             raise SettingsError(f"there is no job {job}: it was collected already, or never enqueued on this broker")
         await producer.listen(prefetch=COLLECT_PREFETCH)
         async with asyncio.TaskGroup() as tasks:
             watch = tasks.create_task(transport.closed())
-            ended = tasks.create_task(_collect_all(producer, rows, there, wait=wait))
+            ended = tasks.create_task(_collect_all(producer, rows, wait=wait))
             halt = tasks.create_task(stop.wait())
             await asyncio.wait({ended, halt}, return_when=asyncio.FIRST_COMPLETED)
             whole = ended.done() and ended.result()
@@ -210,17 +218,15 @@ async def collect(job: str, rows: Rows, connect: Connect, stop: asyncio.Event, *
     return whole
 
 
-async def _collect_all(producer: Producer, rows: Rows, there: int, *, wait: bool) -> bool:
+async def _collect_all(producer: Producer, rows: Rows, *, wait: bool) -> bool:
     def whole() -> bool:
         return rows.total is not None and rows.progress.done >= rows.progress.total
 
-    if not (wait or there):
-        return False
-    async for arrivals in producer.arrivals():
-        await rows.land(arrivals)
-        there -= len(arrivals)
-        if whole():
-            return True
-        if not wait and there <= 0:
+    arrivals = producer.arrivals()
+    while not whole():
+        try:
+            async with asyncio.timeout(None if wait else NO_WAIT_S):
+                await rows.land(await anext(arrivals))
+        except TimeoutError:
             return False
-    return False
+    return True

@@ -6,11 +6,13 @@ Results are acked only after their rows are on disk. No reading of input, no que
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mqinfer.batch_files import OutputFile, Refusal, Tag, error_row, fingerprint, result_row
+from mqinfer.batch_files import Refusal, Tag, error_row, fingerprint, result_row
+from mqinfer.batch_output import OutputFile
 from mqinfer.messages import JobTotal, Result
+from mqinfer.observe import BODY_REFUSED, emit
 from mqinfer.openai_bodies import TokenText, failed
 from mqinfer.producer import Arrival
 
@@ -60,6 +62,7 @@ class Rows:
         self._output = output
         self._token_text = token_text
         self._done = LineSet()
+        self._writing = asyncio.Lock()
         for number in output.lines:
             self._done.add(number)
         self.progress = Progress(answered=output.answered, failed=output.failed)
@@ -72,39 +75,51 @@ class Rows:
 
     async def land(self, arrivals: Sequence[Arrival]) -> list[int]:
         """Write the results that are new, then ack them all; the numbers of their lines. Raises: OSError."""
-        rows, numbers = [], []
-        for message, _ in arrivals:
-            if isinstance(message, Result):
-                tag = Tag.load(message.tag)
-                numbers.append(tag.number)
-                if not self.has(tag.number, tag.custom_id):
-                    self._done.add(tag.number)
-                    rows.append(result_row(message, self._token_text))
-                    self._count(message)
-        if rows:
-            await asyncio.to_thread(self._output.append, rows)
+        results = [arrival.message for arrival in arrivals if isinstance(arrival.message, Result)]
+        tagged = [(tag, result) for result in results if (tag := _tag(result)) is not None]
+        await asyncio.shield(self._write_results(tagged))
         for arrival in arrivals:
             if isinstance(arrival.message, JobTotal):
                 self.total = arrival  # stays in the queue until the job is collected whole
                 self.progress.total = arrival.message.total
             else:
                 await arrival.delivery.ack()
-        return numbers
+        return [tag.number for tag, _ in tagged]
 
     async def refuse(self, refusals: Sequence[Refusal]) -> None:
         """Write error rows for lines that can't be asked for. Raises: OSError."""
-        rows = []
-        for refusal in refusals:
-            if not self.has(refusal.number, refusal.custom_id):
-                self._done.add(refusal.number)
-                rows.append(error_row(refusal.number, refusal.custom_id, refusal.why, code="invalid_request"))
-                self.progress.failed += 1
-        if rows:
-            await asyncio.to_thread(self._output.append, rows)
+        await asyncio.shield(self._write_refusals(refusals))
 
-    def _count(self, result: Result) -> None:
-        self.progress.output_tokens += len(result.output)
-        if failed(result):
-            self.progress.failed += 1
-        else:
-            self.progress.answered += 1
+    # A write goes on when its caller is cancelled, and the next one waits for it: what is noted as done is on disk.
+
+    async def _write_results(self, results: Sequence[tuple[Tag, Result]]) -> None:
+        async with self._writing:
+            new = {tag.number: (tag, result) for tag, result in results if not self.has(tag.number, tag.custom_id)}
+            await self._append({n: result_row(result, self._token_text) for n, (_, result) in new.items()})
+            for _, result in new.values():
+                self.progress.output_tokens += len(result.output)
+                self.progress.failed += failed(result)
+                self.progress.answered += not failed(result)
+
+    async def _write_refusals(self, refusals: Sequence[Refusal]) -> None:
+        async with self._writing:
+            new = {item.number: item for item in refusals if not self.has(item.number, item.custom_id)}
+            await self._append(
+                {n: error_row(n, item.custom_id, item.why, code="invalid_request") for n, item in new.items()}
+            )
+            self.progress.failed += len(new)
+
+    async def _append(self, rows: Mapping[int, bytes]) -> None:
+        if rows:
+            await asyncio.to_thread(self._output.append, list(rows.values()))
+        for number in rows:
+            self._done.add(number)
+
+
+def _tag(result: Result) -> Tag | None:
+    """Where the result belongs; None, and a word in the log, for one that nobody of ours asked for."""
+    try:
+        return Tag.load(result.tag)
+    except (ValueError, TypeError):
+        emit(BODY_REFUSED, queue=result.job, reason="a result that is of no line", bytes=len(result.tag))
+        return None

@@ -4,38 +4,47 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mqinfer import checkpoint, console, survey
 from mqinfer import plan as plans
-from mqinfer.batch_files import LineReader, OutputFile, Ticket, count_lines
+from mqinfer.batch_files import LineReader, count_lines
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
+from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
 from mqinfer.coordinator import Coordinator
 from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.link import Connect
+from mqinfer.observe import size
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
+from mqinfer.running import INTERRUPTED, unless_stopped
 from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, WorkerSettings
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
-from mqinfer.transports.base import Transport
+from mqinfer.transports.base import QueueState, Transport
 
-#: Exit codes.
-ALL_ANSWERED, SOME_ERRORS, INTERRUPTED = 0, 3, 130
+if TYPE_CHECKING:
+    from mqinfer.stage_compute import StageCompute
+
+#: Exit codes; also running.INTERRUPTED.
+ALL_ANSWERED, SOME_ERRORS, MORE_TO_COME = 0, 3, 4
 #: Between the two looks from which `status` takes its rates.
 STATUS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class LocalPipeline:
-    """A pipeline to run in this process: a plan's file, or a model and how to cut it."""
+class Local:
+    """A pipeline to run in this process: of a plan's file, or of a model and how to cut it."""
 
+    plan: Path | None
+    #: Beside a plan: where its checkpoint is, if not where the plan says.
     model: str | None
-    stages: int
-    dtype: str
+    stages: int | None
+    dtype: str | None
 
 
 def read_plan(settings: Settings) -> Plan:
@@ -64,29 +73,27 @@ async def linked(settings: Settings, actor: str) -> AsyncIterator[Transport]:
         await transport.close()
 
 
-# -- plan ----------------------------------------------------------------------------------------
-
-
 def make_plan(
     model: str, *, stages: int | None, cut: str | None, dtype: str, name: str | None, revision: str, output: Path | None
 ) -> None:
     """Print the plan's table, write its file."""
-    cuts = None
-    if cut is not None:
-        try:
-            cuts = [int(layer) for layer in cut.split(",")]
-        except ValueError:
-            raise SettingsError(f"--cut {cut!r}: write layer numbers such as 10,20") from None
-    if (stages is None) == (cuts is None):
+    if (stages is None) == (cut is None):
         raise SettingsError("say either --stages N or --cut A,B,…")
+    cuts = None if cut is None else _cuts(cut)
     plan, facts = checkpoint.make_plan(model, stages=stages, cuts=cuts, dtype=dtype, name=name, revision=revision)
-    console.out.print(console.plan_table(plan, checkpoint.stage_table(plan, facts)))
-    if output is not None:
+    console.show_plan(plan, checkpoint.stage_table(plan, facts))
+    if output is None:
+        console.say("nothing was written: give the plan a file with -o")
+    else:
         plans.write(plan, output)
-        console.err.print(f"wrote {output}")
+        console.say(f"wrote {output}")
 
 
-# -- batch ---------------------------------------------------------------------------------------
+def _cuts(text: str) -> list[int]:
+    try:
+        return [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise SettingsError(f"--cut {text!r}: write layer numbers such as 10,20") from None
 
 
 async def batch_here(
@@ -94,7 +101,7 @@ async def batch_here(
     output: Path,
     settings: BatchSettings,
     worker: WorkerSettings,
-    local: LocalPipeline,
+    local: Local,
     *,
     retry_errors: bool,
     stop: asyncio.Event,
@@ -104,44 +111,79 @@ async def batch_here(
         from mqinfer import embedded
     except ImportError as error:
         raise SettingsError(f"running the model here needs mqinfer[worker] ({error})") from error
-    plan = _local_plan(settings, local)
-    folder = checkpoint.resolve(local.model or plan.model, plan.revision)
-    tokenizer = Tokenizer.load(folder)
+    plan, folder, tokenizer = await unless_stopped(stop, asyncio.to_thread(_ready, worker, local))
     with contextlib.closing(OutputFile(output, retry_errors=retry_errors)) as file:
         rows = Rows(file, tokenizer.decode_token)
         job = new_id("batch")
         reader = LineReader(prompts, job, plan, tokenizer, settings)
-        ticket = Ticket(None, job, plan.digest)
-        batch = BatchJob(reader, rows, ticket, plan, window=settings.window, resumed=False)
-        async with embedded.pipeline(plan, folder, tokenizer, worker, console.err.print) as connect:
-            await _show(batch, rows, prompts, connect, stop)
+        batch = BatchJob(reader, rows, Ticket(None, job, plan.digest), plan, window=settings.window)
+        loaded = asyncio.Event()
+
+        async def run() -> None:
+            with console.stages_told():
+                # What is loaded is told by events; `tell` would say it again.
+                async with embedded.pipeline(plan, folder, tokenizer, worker, lambda _: None) as connect:
+                    loaded.set()
+                    await _show(batch, rows, prompts, connect, stop)
+
+        await unless_stopped(stop, run(), loaded)
     return _verdict(batch, rows, output)
 
 
-def _local_plan(settings: BatchSettings, local: LocalPipeline) -> Plan:
+def _ready(worker: WorkerSettings, local: Local) -> tuple[Plan, Path, Tokenizer]:
+    """All that can be found wrong before weights are read."""
+    plan = _local_plan(local)
+    folder = checkpoint.resolve(local.model or plan.model, plan.revision)
+    if local.plan is not None:
+        checkpoint.verify(folder, plan)
+    _check_room(plan, range(len(plan.stages)), folder, worker)
+    return plan, folder, Tokenizer.load(folder)
+
+
+def _local_plan(local: Local) -> Plan:
+    if local.plan is not None:
+        if local.stages is not None or local.dtype is not None:
+            raise SettingsError("the plan's file says the stages and the dtype: leave out --stages and --dtype")
+        return plans.read(local.plan)
     if local.model is None:
-        if settings.pipeline is None:
-            raise SettingsError("say which model: --model PATH_OR_ID, or --pipeline FILE (or --broker for a fleet)")
-        return read_plan(settings)
-    if "pipeline" in settings.model_fields_set and settings.pipeline is not None:
-        return read_plan(settings)
-    plan, _ = checkpoint.make_plan(local.model, stages=local.stages, cuts=None, dtype=local.dtype, name=None)
-    return plan
+        raise SettingsError("say which model: --model PATH_OR_ID, or --pipeline FILE (or --broker for a fleet)")
+    dtype, stages = local.dtype or "float32", 1 if local.stages is None else local.stages
+    return checkpoint.make_plan(local.model, stages=stages, dtype=dtype)[0]
+
+
+def _check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: WorkerSettings) -> None:
+    """Raises: SettingsError where the device is not there, or these stages can't have the memory that they need."""
+    from mqinfer import device
+    from mqinfer.kv_cache import ROUND_TOKENS
+
+    device.check(settings.device)
+    costs = [checkpoint.stage_table(plan, checkpoint.facts(str(folder)))[stage] for stage in stages]
+    row_bytes = max(cost.kv_bytes_per_token for cost in costs) * ROUND_TOKENS * len(costs)
+    if settings.kv_bytes < row_bytes:
+        raise SettingsError(
+            f"--kv-bytes {size(settings.kv_bytes)} does not hold one row: already the keys and values of "
+            f"{ROUND_TOKENS} positions take {size(row_bytes)}"
+        )
+    device.check_room(settings.device, sum(cost.weight_bytes for cost in costs), settings.kv_bytes)
 
 
 async def batch_over_broker(
-    prompts: Path, output: Path, settings: BatchSettings, *, retry_errors: bool, stop: asyncio.Event
+    prompts: Path, output: Path, settings: BatchSettings, model: str | None, *, retry_errors: bool, stop: asyncio.Event
 ) -> int:
     """Enqueue to the running fleet and gather the results. The exit code."""
     plan = read_plan(settings)
-    tokenizer = Tokenizer.load(checkpoint.resolve_tokenizer(plan.model, plan.revision))
+    tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
     with contextlib.closing(OutputFile(output, retry_errors=retry_errors)) as file:
         rows = Rows(file, tokenizer.decode_token)
-        ticket, resumed = Ticket.beside(output, job=new_id("job"), plan=plan.digest)
+        ticket, abandoned = Ticket.beside(output, prompts, job=new_id("job"), plan=plan.digest)
         reader = LineReader(prompts, ticket.job, plan, tokenizer, settings)
-        batch = BatchJob(reader, rows, ticket, plan, window=settings.window, resumed=resumed)
+        batch = BatchJob(reader, rows, ticket, plan, window=settings.window, abandoned=abandoned)
         await _show(batch, rows, prompts, connecting(settings, "batch"), stop)
     return _verdict(batch, rows, output)
+
+
+def _tokenizer(plan: Plan, model: str | None) -> Tokenizer:
+    return Tokenizer.load(checkpoint.resolve_tokenizer(model or plan.model, plan.revision))
 
 
 async def _show(batch: BatchJob, rows: Rows, prompts: Path, connect: Connect, stop: asyncio.Event) -> None:
@@ -154,75 +196,84 @@ def _verdict(batch: BatchJob, rows: Rows, output: Path) -> int:
     progress = rows.progress
     told = f"{progress.answered} answered, {progress.failed} failed"
     if not batch.finished:
-        console.err.print(f"stopped: {told}, the rest is not done. Run the same command again to go on.")
+        console.say(f"stopped: {told}, the rest is not done. Run the same command again to go on.")
         return INTERRUPTED
-    console.err.print(f"done: {told} -> {output}")
+    console.say(f"done: {told} -> {output}")
     return SOME_ERRORS if progress.failed else ALL_ANSWERED
 
 
-async def detach(prompts: Path, settings: BatchSettings, *, stop: asyncio.Event) -> int:
+async def detach(prompts: Path, settings: BatchSettings, model: str | None, *, stop: asyncio.Event) -> int:
     """Enqueue all, print the job's id. The exit code."""
     plan = read_plan(settings)
-    tokenizer = Tokenizer.load(checkpoint.resolve_tokenizer(plan.model, plan.revision))
+    tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
     job = new_id("job")
     progress = Progress(total=await asyncio.to_thread(count_lines, prompts))
     reader = LineReader(prompts, job, plan, tokenizer, settings)
+    connect = connecting(settings, "batch")
     async with console.job_progress(progress, "enqueueing"):
-        whole = await enqueue_all(reader, plan, job, connecting(settings, "batch"), progress, stop)
-    console.out.print(job, highlight=False)
+        whole = await enqueue_all(reader, plan, job, lambda: unless_stopped(stop, connect()), progress, stop)
+    console.out.print(job)
     if not whole:
-        console.err.print(f"stopped after {progress.done} lines: the job is those")
-    console.err.print(f"{progress.done} lines enqueued; collect with: mqinfer results {job} -o RESULTS.jsonl")
+        console.say(f"stopped after {progress.done} lines: the job is those")
+    console.say(f"{progress.done} lines enqueued; collect with: mqinfer results {job} -o RESULTS.jsonl")
     return ALL_ANSWERED if whole else INTERRUPTED
 
 
 async def results(job: str, output: Path, settings: BatchSettings, *, wait: bool, stop: asyncio.Event) -> int:
     """Collect a detached job. The exit code."""
-    plan = read_plan(settings) if settings.pipeline is not None else None
     token_text = console.token_number
-    if plan is not None:
-        token_text = Tokenizer.load(checkpoint.resolve_tokenizer(plan.model, plan.revision)).decode_token
-    with contextlib.closing(OutputFile(output)) as file:
+    if settings.pipeline is not None:
+        tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, read_plan(settings), None))
+        token_text = tokenizer.decode_token
+    with contextlib.closing(OutputFile(output, job=job)) as file:
         rows = Rows(file, token_text)
         async with console.job_progress(rows.progress, job):
             whole = await collect(job, rows, connecting(settings, "results"), stop, wait=wait)
     progress = rows.progress
     told = f"{progress.answered} answered, {progress.failed} failed of {progress.total or '?'}"
     if not whole:
-        console.err.print(f"{told}; the rest has not come yet: run the same command again")
-        return INTERRUPTED
-    console.err.print(f"done: {told} -> {output}")
+        console.say(f"{told}; the rest has not come yet: run the same command again")
+        return INTERRUPTED if stop.is_set() else MORE_TO_COME
+    console.say(f"done: {told} -> {output}")
     return SOME_ERRORS if progress.failed else ALL_ANSWERED
-
-
-# -- actors --------------------------------------------------------------------------------------
 
 
 async def worker(settings: WorkerSettings, stage: int, model: str | None, *, stop: asyncio.Event) -> int:
     """Load a stage and serve it. The exit code."""
     try:
-        from mqinfer.stage_worker import StageWorker, load_compute
+        from mqinfer.stage_worker import StageWorker
     except ImportError as error:
         raise SettingsError(f"a worker needs mqinfer[worker] ({error})") from error
     plan = read_plan(settings)
     if not 0 <= stage < len(plan.stages):
         raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
-    folder = checkpoint.resolve(model or plan.model, plan.revision)
-    checkpoint.verify(folder, plan)
-    compute = await asyncio.to_thread(load_compute, plan, stage, folder, settings, console.err.print)
+    await unless_stopped(stop, _reach(settings))
+    compute = await unless_stopped(stop, asyncio.to_thread(_load_stage, plan, stage, model, settings))
     await StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}")).run(stop)
     return 0
+
+
+async def _reach(settings: Settings) -> None:
+    """A wrong address or password is told before minutes are spent on weights."""
+    async with linked(settings, "hello"):
+        pass
+
+
+def _load_stage(plan: Plan, stage: int, model: str | None, settings: WorkerSettings) -> StageCompute:
+    from mqinfer.stage_worker import load_compute
+
+    folder = checkpoint.resolve(model or plan.model, plan.revision)
+    checkpoint.verify(folder, plan)
+    _check_room(plan, [stage], folder, settings)
+    return load_compute(plan, stage, folder, settings)
 
 
 async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop: asyncio.Event) -> int:
     """Coordinate. The exit code."""
     plan = read_plan(settings)
-    tokenizer = Tokenizer.load(checkpoint.resolve_tokenizer(model or plan.model, plan.revision))
+    tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
     await Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator")).run(stop)
     return 0
-
-
-# -- operators -----------------------------------------------------------------------------------
 
 
 async def status(settings: Settings) -> int:
@@ -232,9 +283,7 @@ async def status(settings: Settings) -> int:
         earlier = await survey.take(transport, plan)
         await asyncio.sleep(STATUS_S)
         later = await survey.take(transport, plan)
-    console.out.print(console.status_table(plan, earlier, later))
-    if complaint := later.complaint():
-        console.out.print(complaint)
+    console.show_status(plan, earlier, later)
     return 0
 
 
@@ -244,27 +293,24 @@ async def queues_declare(settings: Settings) -> int:
     async with linked(settings, "queues") as transport:
         for spec in Topology(plan.name).shared(len(plan.stages)):
             await transport.declare(spec)
-            console.out.print(spec.name, highlight=False)
+            console.out.print(spec.name)
     return 0
 
 
-async def queues_contents(settings: Settings) -> dict[str, int]:
-    """How many messages wait in each queue that outlives every process."""
+async def queues_contents(settings: Settings) -> dict[str, QueueState]:
+    """The queues that outlive every process, as far as they exist."""
     plan = read_plan(settings)
-    contents = {}
     async with linked(settings, "queues") as transport:
-        for spec in Topology(plan.name).shared(len(plan.stages)):
-            state = await transport.inspect(spec.name)
-            if state is not None:
-                contents[spec.name] = state.ready
-    return contents
+        names = [spec.name for spec in Topology(plan.name).shared(len(plan.stages))]
+        states = {name: await transport.inspect(name) for name in names}
+    return {name: state for name, state in states.items() if state is not None}
 
 
-async def queues_empty(settings: Settings, *, delete: bool) -> int:
-    """Purge or delete the queues. The exit code."""
+async def queues_empty(settings: Settings, names: Sequence[str], *, delete: bool) -> int:
+    """Purge or delete these queues. The exit code."""
     async with linked(settings, "queues") as transport:
-        for name in await queues_contents(settings):
+        for name in names:
             with contextlib.suppress(Unroutable):  # somebody else was quicker
                 lost = await (transport.delete(name) if delete else transport.purge(name))
-                console.out.print(f"{name}: {'deleted' if delete else 'purged'}, {lost} messages lost", highlight=False)
+                console.out.print(f"{name}: {'deleted' if delete else 'purged'}, {lost} messages lost")
     return 0

@@ -12,8 +12,9 @@ import pytest
 from fakes import FakeTokenizer, continuation, make_plan
 from fleet import PATIENCE_S, Fleet
 
-from mqinfer.batch_files import LineReader, OutputFile, Ticket
+from mqinfer.batch_files import LineReader
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
+from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
 from mqinfer.errors import SettingsError
 from mqinfer.link import Connect
@@ -54,9 +55,9 @@ class Run:
         self._fleet = fleet
         self.file = OutputFile(output)
         self.rows = Rows(self.file, TOKENIZER.decode_token)
-        self.ticket, resumed = Ticket.beside(output, job=new_id("job"), plan=fleet.plan.digest)
+        self.ticket, abandoned = Ticket.beside(output, prompts, job=new_id("job"), plan=fleet.plan.digest)
         reader = LineReader(prompts, self.ticket.job, fleet.plan, TOKENIZER, BatchSettings())
-        self.job = BatchJob(reader, self.rows, self.ticket, fleet.plan, window=window, resumed=resumed)
+        self.job = BatchJob(reader, self.rows, self.ticket, fleet.plan, window=window, abandoned=abandoned)
         self.stop = asyncio.Event()
 
     async def go(self) -> None:
@@ -199,7 +200,7 @@ async def test_a_detached_job_is_collected_by_whoever_knows_its_name(fleet: Flee
     connect = connecting(fleet.url)
     assert await enqueue_all(reader, fleet.plan, job, connect, progress, asyncio.Event())
     assert progress.done == 100
-    file = OutputFile(output)
+    file = OutputFile(output, job=job)
     rows = Rows(file, TOKENIZER.decode_token)
     assert await asyncio.wait_for(collect(job, rows, connect, asyncio.Event(), wait=True), PATIENCE_S)
     file.close()
@@ -208,16 +209,53 @@ async def test_a_detached_job_is_collected_by_whoever_knows_its_name(fleet: Flee
         await collect(job, rows, connect, asyncio.Event(), wait=True)
 
 
+async def test_a_collection_counts_only_its_own_rows(fleet: Fleet, tmp_path: Path) -> None:
+    start(fleet)
+    output, connect = tmp_path / "out", connecting(fleet.url)
+    for prefix in ("a", "b"):
+        lines = [json.dumps({"custom_id": f"{prefix}{i}", "prompt": "x", "max_tokens": 3}) for i in range(20)]
+        (tmp_path / "p").write_text("\n".join(lines))
+        job = new_id("job")
+        reader = LineReader(tmp_path / "p", job, fleet.plan, TOKENIZER, BatchSettings())
+        await enqueue_all(reader, fleet.plan, job, connect, Progress(), asyncio.Event())
+        file = OutputFile(output, job=job)
+        rows = Rows(file, TOKENIZER.decode_token)
+        assert await asyncio.wait_for(collect(job, rows, connect, asyncio.Event(), wait=True), PATIENCE_S)
+        file.close()
+    assert set(answers(output)) == {f"{prefix}{i}" for prefix in "ab" for i in range(20)}
+
+
+async def test_a_prompts_file_that_was_changed_is_another_job(fleet: Fleet, tmp_path: Path) -> None:
+    prompts, output = write_prompts(tmp_path / "p", 30), tmp_path / "out"
+    first = Run(fleet, prompts, output)
+    await first.go_until(lambda progress: first.ticket.enqueued == 30)
+    prompts.write_text(json.dumps({"custom_id": "new", "prompt": "new", "max_tokens": 2}) + "\n" + prompts.read_text())
+    start(fleet)
+    await Run(fleet, prompts, output).go()
+    assert set(answers(output)) == {"new", *(f"id-{i}" for i in range(1, 31))}
+
+
+async def test_lines_appended_to_the_prompts_file_are_done_by_the_next_run(fleet: Fleet, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    first = Run(fleet, write_prompts(tmp_path / "p", 20), output)
+    await first.go_until(lambda progress: first.ticket.enqueued == 20)
+    start(fleet)
+    second = Run(fleet, write_prompts(tmp_path / "p", 30), output)
+    assert second.ticket.job == first.ticket.job
+    await second.go()
+    check(fleet, output, 30)
+
+
 async def test_a_collection_that_was_stopped_goes_on(fleet: Fleet, tmp_path: Path) -> None:
     prompts, output = write_prompts(tmp_path / "p", 60), tmp_path / "out"
     job, connect = new_id("job"), connecting(fleet.url)
     reader = LineReader(prompts, job, fleet.plan, TOKENIZER, BatchSettings())
     await enqueue_all(reader, fleet.plan, job, connect, Progress(), asyncio.Event())
-    nothing = OutputFile(output)
+    nothing = OutputFile(output, job=job)
     assert not await collect(job, Rows(nothing, TOKENIZER.decode_token), connect, asyncio.Event(), wait=False)
     nothing.close()
     start(fleet, seconds_per_forward=0.005)
-    stop, file = asyncio.Event(), OutputFile(output)
+    stop, file = asyncio.Event(), OutputFile(output, job=job)
     rows = Rows(file, TOKENIZER.decode_token)
     task = asyncio.ensure_future(collect(job, rows, connect, stop, wait=True))
     async with asyncio.timeout(PATIENCE_S):
@@ -226,7 +264,7 @@ async def test_a_collection_that_was_stopped_goes_on(fleet: Fleet, tmp_path: Pat
     stop.set()
     assert not await task
     file.close()
-    again = OutputFile(output)
+    again = OutputFile(output, job=job)
     rest = Rows(again, TOKENIZER.decode_token)
     assert await asyncio.wait_for(collect(job, rest, connect, asyncio.Event(), wait=True), PATIENCE_S)
     again.close()

@@ -15,15 +15,15 @@ from mqinfer.batch_files import (
     Chunk,
     LineError,
     LineReader,
-    OutputFile,
     Tag,
-    Ticket,
     count_lines,
     error_row,
+    lines_digest,
     parse_line,
     read_lines,
     result_row,
 )
+from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import LineSet
 from mqinfer.errors import SettingsError
 from mqinfer.messages import FinishReason, Request, Result, TokenLogprob
@@ -129,6 +129,12 @@ def test_a_seed_is_made_of_the_custom_id_so_that_a_second_run_draws_the_same(pat
         (completion(prompt=["a", "b"]), "prompt"),
         (completion(prompt="x" * 40), "too long: 40 tokens"),
         (completion(stop=""), "stop"),
+        (completion(prompt=[-1]), "vocabulary"),
+        (completion(prompt=[2**70]), "vocabulary"),
+        (completion(top_k=2**63), "top_k"),
+        (completion(max_tokens=10_000, logprobs=20), "log-probabilities"),
+        (line(custom_id="\ud800", prompt="x"), "custom_id"),
+        (b'{"custom_id": "a", "url": "/v1/completions", "body": {}, "\\ud800": 1}', "not supported"),
         (chat(messages=[]), "messages"),
         (chat(messages=[{"role": "robot", "content": "x"}]), "role"),
         (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "content"),
@@ -254,18 +260,37 @@ def test_an_output_file_that_cannot_be_written_is_told_at_once(tmp_path: Path) -
         OutputFile(tmp_path / "missing" / "out.jsonl")
 
 
-def test_a_ticket_is_found_again_beside_its_output_unless_the_plan_changed(tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    ticket, resumed = Ticket.beside(output, job="one", plan="p")
-    assert not resumed
-    ticket.enqueued = 7
+def test_a_ticket_is_found_again_unless_the_plan_or_the_prompts_changed(tmp_path: Path) -> None:
+    output, prompts = tmp_path / "out.jsonl", tmp_path / "prompts"
+    prompts.write_text("one\ntwo\nthree\n")
+    ticket, abandoned = Ticket.beside(output, prompts, job="one", plan="p")
+    assert (ticket.enqueued, abandoned) == (0, "")
+    ticket.enqueued, ticket.digest = 2, lines_digest(prompts, 2)
     ticket.save()
-    again, resumed = Ticket.beside(output, job="two", plan="p")
-    assert resumed
-    assert (again.job, again.enqueued) == ("one", 7)
-    assert Ticket.beside(output, job="two", plan="q")[1] is False
+    prompts.write_text("one\ntwo\nanother\nand more\n")
+    again, abandoned = Ticket.beside(output, prompts, job="two", plan="p")
+    assert (again.job, again.enqueued, abandoned) == ("one", 2, "")
+    assert Ticket.beside(output, prompts, job="two", plan="q")[1] == "one"
+    prompts.write_text("zero\none\ntwo\n")
+    fresh, abandoned = Ticket.beside(output, prompts, job="two", plan="p")
+    assert (fresh.job, fresh.enqueued, abandoned) == ("two", 0, "one")
     again.remove()
-    assert Ticket.beside(output, job="two", plan="p")[1] is False
+    assert Ticket.beside(output, prompts, job="two", plan="p")[1] == ""
+
+
+def test_the_digest_of_the_lines_read_is_that_of_the_file(path: Path) -> None:
+    lines = [line(custom_id=f"c{i}", prompt="x") for i in range(150)]
+    chunks = read(path, *lines)
+    assert [chunk.digest for chunk in chunks] == [lines_digest(path, chunk.last) for chunk in chunks]
+
+
+def test_a_line_of_just_the_longest_length_does_not_swallow_the_next(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mqinfer.batch_files.MAX_LINE_BYTES", 100)
+    for length in (99, 100, 101):
+        path.write_bytes(b"x" * length + b"\n{}\n")
+        assert [number for number, _ in read_lines(path)] == [1, 2], length
 
 
 @given(st.lists(st.integers(0, 100_000), max_size=50))

@@ -1,0 +1,132 @@
+"""A batch job's output file and the ticket beside it: what is needed to go on after a stop. No queues here."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mqinfer.batch_files import fingerprint, lines_digest
+from mqinfer.errors import SettingsError
+
+
+class OutputFile:
+    """The results file, open for appending; what it held already is known."""
+
+    def __init__(self, path: Path, *, retry_errors: bool = False, job: str = "") -> None:
+        """Repairs a torn last line; `job`: count only that job's rows.
+
+        Raises: SettingsError where the file can't be written or isn't ours.
+        """
+        self.path = path
+        self._counted = f"batch_req_{job}." if job else ""
+        #: Fingerprints of the custom_ids that have a row, and the numbers of lines without id that have one.
+        self.ids: set[int] = set()
+        self.lines: set[int] = set()
+        self.answered = 0
+        self.failed = 0
+        try:
+            if path.exists():
+                self._read(retry_errors)
+            self._file: BinaryIO = path.open("ab")
+        except OSError as error:
+            raise SettingsError(f"can't write {path}: {error.strerror}") from error
+
+    def append(self, rows: list[bytes]) -> None:
+        """Returns when the rows are on disk. Raises: OSError."""
+        self._file.write(b"".join(rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._file.close()
+
+    def _read(self, retry_errors: bool) -> None:
+        whole_bytes, dropped = 0, 0
+        with self.path.open("rb") as file:
+            for raw in file:
+                if raw.endswith(b"\n"):
+                    whole_bytes += len(raw)
+                    dropped += not self._know(raw, retry_errors)
+        if dropped:
+            self._rewrite(whole_bytes)
+        elif whole_bytes < self.path.stat().st_size:
+            os.truncate(self.path, whole_bytes)
+
+    def _rewrite(self, whole_bytes: int) -> None:
+        """Without the error rows."""
+        kept = self.path.with_name(self.path.name + ".kept")
+        with self.path.open("rb") as old, kept.open("wb") as new:
+            while old.tell() < whole_bytes:
+                if not json.loads(raw := old.readline())["error"]:
+                    new.write(raw)
+            new.flush()
+            os.fsync(new.fileno())
+        kept.replace(self.path)
+
+    def _know(self, raw: bytes, retry_errors: bool) -> bool:
+        """Take note of a row; False where it is not to stay."""
+        try:
+            row = json.loads(raw)
+            custom_id, error = row["custom_id"], row["error"]
+            counts = str(row["id"]).startswith(self._counted)
+        except (ValueError, TypeError, KeyError):
+            raise SettingsError(
+                f"{self.path} has a line that is not a batch result: give -o another file, or remove this one"
+            ) from None
+        if error and retry_errors:
+            return False
+        self.failed += bool(error) and counts
+        self.answered += not error and counts
+        if custom_id is not None:
+            self.ids.add(fingerprint(custom_id))
+        elif error:
+            self.lines.add(int(error.get("line", 0)))
+        return True
+
+
+@dataclass(slots=True)
+class Ticket:
+    """Beside an output file: which job of the fleet is filling it, so that a later run goes on with the same one."""
+
+    #: None: nothing is kept, the job dies with this process.
+    path: Path | None
+    job: str
+    plan: str
+    #: Every line up to here that has no row was enqueued.
+    enqueued: int = 0
+    #: Digest of those lines, see `lines_digest`: a file that was changed there is another job's.
+    digest: str = ""
+
+    @classmethod
+    def beside(cls, output: Path, prompts: Path, *, job: str, plan: str) -> tuple[Ticket, str]:
+        """The ticket of an earlier run that this run goes on with, or a new one for `job`; and an abandoned job.
+
+        The second is the job of an earlier run with another plan or changed prompts, "" where there is none.
+        """
+        path = output.with_name(output.name + ".job")
+        fresh = cls(path, job, plan)
+        try:
+            old = cls(path, **json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return fresh, ""
+        if old.plan == plan and lines_digest(prompts, old.enqueued) == old.digest:
+            return old, ""
+        return fresh, old.job
+
+    def save(self) -> None:
+        """Raises: OSError."""
+        if self.path is None:
+            return
+        new = self.path.with_name(self.path.name + ".new")
+        fields = {"job": self.job, "plan": self.plan, "enqueued": self.enqueued, "digest": self.digest}
+        new.write_text(json.dumps(fields))
+        new.replace(self.path)
+
+    def remove(self) -> None:
+        """The job is over."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
