@@ -1,65 +1,37 @@
-"""The command line: reads flags, calls `commands`, turns errors into a sentence and an exit code. Nothing else."""
+"""The command line: reads flags, calls `commands`, turns errors into a sentence and an exit code. Nothing else.
+
+What a command needs is imported when it runs, so that `--help` is there at once, and so that a command without compute
+can say so (`hide_torch`) before transformers looks for torch.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
 import sys
-from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from mqinfer import __version__, commands, console
-from mqinfer.errors import MqinferError
-from mqinfer.link import first
-from mqinfer.observe import ACTOR_FAILED, emit, log_to_stderr
-from mqinfer.settings import BatchSettings, CoordinatorSettings, S, Settings, WorkerSettings, load
+from mqinfer import __version__, flags
+from mqinfer.errors import MqinferError, SettingsError
+from mqinfer.running import INTERRUPTED, Command, finish, unless_stopped
+
+if TYPE_CHECKING:
+    from mqinfer.settings import S, Settings
 
 app = typer.Typer(
     name="mqinfer",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-queues_app = typer.Typer(no_args_is_help=True, help="Declare, purge or delete the queues of a pipeline.")
+queues_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Declare, purge or delete the queues of a pipeline."
+)
 app.add_typer(queues_app, name="queues")
-
-Broker = Annotated[
-    str | None,
-    typer.Option(help="amqp://user:password@host:port/vhost, or MQINFER_BROKER.", show_default="the local broker"),
-]
-Pipeline = Annotated[
-    Path | None, typer.Option("--pipeline", "-p", help="The plan's file (`mqinfer plan`), or MQINFER_PIPELINE.")
-]
-Config = Annotated[
-    Path | None, typer.Option(envvar="MQINFER_CONFIG", help="A TOML file of settings; flags and environment go first.")
-]
-LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error, or MQINFER_LOG_LEVEL.")]
-LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON objects.")]
-LocalModel = Annotated[
-    str | None, typer.Option("--model", help="Where the checkpoint is on this machine, if not where the plan says.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:0 …, or MQINFER_DEVICE.", show_default="cpu")]
-KvBytes = Annotated[
-    str | None,
-    typer.Option(
-        help="The most that keys and values may take, such as 4GiB, or MQINFER_KV_BYTES.", show_default="1GiB"
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option(help="CPU threads of the compute, or MQINFER_THREADS.", show_default="one for each core")
-]
-Codec = Annotated[
-    str | None,
-    typer.Option(help="raw, lossless, int8 or int8+zstd: how hidden states travel on.", show_default="lossless"),
-]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Results, one line per custom_id.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
 def _version(asked: bool) -> None:
@@ -71,247 +43,301 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Batch inference of language models too big for any one of your GPUs, over RabbitMQ.
 
-    A model's layers are cut into stages, with one queue for each. To try it in one process:
+    A model's layers are cut into stages, with one queue for each. To try it in one process, without RabbitMQ:
 
-        mqinfer batch prompts.jsonl -o results.jsonl --model PATH_OR_ID --stages 3
+    \b
+      mqinfer batch prompts.jsonl -o results.jsonl --model PATH_OR_ID --stages 3
     """
 
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A Hugging Face checkpoint: a local folder or a hub id.")],
-    stages: Annotated[int | None, typer.Option(help="How many stages of equal cost.")] = None,
-    cut: Annotated[str | None, typer.Option(help="Cut before these layers instead, such as 10,20.")] = None,
-    dtype: Dtype = "float32",
-    name: Annotated[str | None, typer.Option(help="The pipeline's name, part of its queues' names.")] = None,
-    revision: Annotated[str, typer.Option(help="The hub repository's branch, tag or commit.")] = "",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here.")] = None,
+    model: flags.Model,
+    stages: flags.Stages = None,
+    cut: flags.Cut = None,
+    dtype: flags.Dtype = "float32",
+    name: flags.Name = None,
+    revision: flags.Revision = "",
+    output: flags.PlanFile = None,
 ) -> None:
-    """Cut a model into stages of equal cost, without loading its weights.
+    """Cut a model into stages of equal cost.
 
-    Example:
+    Its weights are not loaded; of a hub id not even downloaded. Example:
 
-        mqinfer plan Qwen/Qwen3-32B --stages 4 --dtype bfloat16 -o pipeline.toml
+    \b
+      mqinfer plan Qwen/Qwen3-32B --stages 4 --dtype bfloat16 -o pipeline.toml
     """
+    from mqinfer import commands
+
+    _hide_torch()
     commands.make_plan(model, stages=stages, cut=cut, dtype=dtype, name=name, revision=revision, output=output)
 
 
 @app.command()
 def batch(
-    prompts: Annotated[Path, typer.Argument(help="JSON lines: OpenAI's batch format, or {custom_id, prompt, …}.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Results, one line per custom_id.")] = None,
-    broker: Broker = None,
-    pipeline: Pipeline = None,
-    model: Annotated[str | None, typer.Option(help="Without a broker: a local folder or a hub id.")] = None,
-    stages: Annotated[int, typer.Option(help="Without a broker: how many stages.")] = 1,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    kv_bytes: KvBytes = None,
-    threads: Threads = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Enqueue, print the job's id and leave.")] = False,
-    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Ask again where the row is an error.")] = False,
-    window: Annotated[int | None, typer.Option(help="Requests under way at most.", show_default="2048")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="For lines that don't say.", show_default="256")] = None,
-    temperature: Annotated[float | None, typer.Option(help="For lines that don't say.", show_default="0")] = None,
-    config: Config = None,
-    log_level: LogLevel = None,
-    log_json: LogJson = None,
+    prompts: flags.Prompts,
+    output: flags.ResultsOrNone = None,
+    broker: flags.Broker = None,
+    pipeline: flags.Pipeline = None,
+    model: flags.BatchModel = None,
+    stages: flags.BatchStages = None,
+    dtype: flags.BatchDtype = None,
+    device: flags.Device = None,
+    kv_bytes: flags.KvBytes = None,
+    threads: flags.Threads = None,
+    detach: flags.Detach = False,
+    retry_errors: flags.RetryErrors = False,
+    window: flags.Window = None,
+    max_tokens: flags.MaxTokens = None,
+    temperature: flags.Temperature = None,
+    config: flags.Config = None,
+    log_level: flags.LogLevel = None,
+    log_json: flags.LogJson = None,
 ) -> None:
-    """Answer a file of prompts: in this process, or with --broker by a running fleet.
+    """Answer a file of prompts, here or by a fleet.
 
-    Run it again with the same output file and only what has no row yet is done. Exit code 0: every line has
-    a result; 3: some rows are errors; 130: stopped by Ctrl-C. Examples:
+    Without --broker the model runs in this process. With it, a running fleet does the work; also where MQINFER_BROKER
+    or the settings file names a broker, unless --model is given.
 
-        mqinfer batch prompts.jsonl -o results.jsonl --model ./SmolLM2-135M-Instruct --stages 3
+    Run it again with the same output file and only what has no row yet is done. Exit codes:
 
-        mqinfer batch prompts.jsonl -o results.jsonl -p pipeline.toml --broker amqp://guest:guest@localhost/
+    \b
+      0    every line has a result
+      2    it could not be begun
+      3    some rows are errors
+      130  stopped by Ctrl-C
+
+    Examples:
+
+    \b
+      mqinfer batch prompts.jsonl -o results.jsonl --model ./SmolLM2-135M-Instruct --stages 3
+      mqinfer batch prompts.jsonl -o results.jsonl -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
-    logs = {"log_level": log_level or os.environ.get("MQINFER_LOG_LEVEL", "warning"), "log_json": log_json}
-    flags = {"broker": broker, "pipeline": pipeline, "window": window, "max_tokens": max_tokens}
-    settings = _load(BatchSettings, config, **flags, **logs, temperature=temperature)
-    if not prompts.is_file():
-        raise MqinferError(f"there is no file {prompts}")
-    if detach:
-        _run(lambda stop: commands.detach(prompts, settings, stop=stop))
-    if output is None:
-        raise MqinferError("say where the results go, with -o FILE (or --detach)")
-    if broker is not None or (model is None and "broker" in settings.model_fields_set):
-        _run(lambda stop: commands.batch_over_broker(prompts, output, settings, retry_errors=retry_errors, stop=stop))
-    local = commands.LocalPipeline(model, stages, dtype)
+    from mqinfer import commands
+    from mqinfer.settings import BatchSettings, WorkerSettings, load
+
+    given = {"broker": broker, "pipeline": pipeline, "window": window, "max_tokens": max_tokens}
+    settings = _load(BatchSettings, config, **given, temperature=temperature, log_level=log_level, log_json=log_json)
+    here = not detach and broker is None and (model is not None or "broker" not in settings.model_fields_set)
     worker = load(WorkerSettings, file=config, device=device, kv_bytes=kv_bytes, threads=threads, codec="raw")
-    _run(
-        lambda stop: commands.batch_here(prompts, output, settings, worker, local, retry_errors=retry_errors, stop=stop)
-    )
+    if not here and (stages, dtype, device, kv_bytes, threads) != (None,) * 5:
+        raise SettingsError(
+            "--stages, --dtype, --device, --kv-bytes and --threads are for running here, not for a fleet"
+        )
+    if not prompts.is_file():
+        raise SettingsError(f"there is no file {prompts}")
+    if (output is None) != detach:
+        raise SettingsError("say where the results go: either -o FILE or --detach")
+    if output is None:
+        _run(lambda stop: commands.detach(prompts, settings, model, stop=stop))
+    elif here:
+        local = commands.Local(settings.pipeline if model is None else pipeline, model, stages, dtype)
+        job = partial(commands.batch_here, prompts, output, settings, worker, local, retry_errors=retry_errors)
+        _run(lambda stop: job(stop=stop), with_torch=True)
+    else:
+        job = partial(commands.batch_over_broker, prompts, output, settings, model, retry_errors=retry_errors)
+        _run(lambda stop: job(stop=stop))
 
 
 @app.command()
 def results(
-    job: Annotated[str, typer.Argument(help="The id that `mqinfer batch --detach` printed.")],
-    output: Output,
-    broker: Broker = None,
-    pipeline: Annotated[
-        Path | None, typer.Option("--pipeline", "-p", help="For the texts of logprobs: the plan's file.")
-    ] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the rest, or take only what is there.")] = True,
-    config: Config = None,
-    log_level: LogLevel = "warning",
+    job: flags.Job,
+    output: flags.Results,
+    broker: flags.Broker = None,
+    pipeline: flags.ResultsPlan = None,
+    wait: flags.Wait = True,
+    config: flags.Config = None,
+    log_level: flags.LogLevel = None,
+    log_json: flags.LogJson = None,
 ) -> None:
     """Collect the results of a detached job, from any machine.
 
-    Example:
+    Exit codes are those of batch, and 4: with --no-wait, where the rest has not come yet. Example:
 
-        mqinfer results job-3f9a0c1d2e -o results.jsonl --broker amqp://guest:guest@localhost/
+    \b
+      mqinfer results job-3f9a0c1d2e -o results.jsonl --broker amqp://guest:guest@localhost/
     """
-    settings = _load(BatchSettings, config, broker=broker, pipeline=pipeline, log_level=log_level)
+    from mqinfer import commands
+    from mqinfer.settings import BatchSettings
+
+    given = {"broker": broker, "pipeline": pipeline, "log_level": log_level, "log_json": log_json}
+    settings = _load(BatchSettings, config, **given)
     _run(lambda stop: commands.results(job, output, settings, wait=wait, stop=stop))
 
 
 @app.command()
 def worker(
-    stage: Annotated[int, typer.Option(help="Which stage of the plan, from 0.")],
-    pipeline: Pipeline = None,
-    broker: Broker = None,
-    device: Device = None,
-    kv_bytes: KvBytes = None,
-    threads: Threads = None,
-    codec: Codec = None,
-    model: LocalModel = None,
-    config: Config = None,
-    log_level: LogLevel = None,
-    log_json: LogJson = None,
+    stage: flags.Stage,
+    pipeline: flags.Pipeline = None,
+    broker: flags.Broker = None,
+    device: flags.Device = None,
+    kv_bytes: flags.KvBytes = None,
+    threads: flags.Threads = None,
+    codec: flags.Codec = None,
+    model: flags.LocalModel = None,
+    config: flags.Config = None,
+    log_level: flags.LogLevel = None,
+    log_json: flags.LogJson = None,
 ) -> None:
-    """Serve one stage: load its layers, join its queue, work. SIGTERM drains.
+    """Serve one stage: load its layers, join its queue, work.
 
-    Start as many as you like on a stage; nobody has to be told. Example:
+    Start as many as you like on a stage; nobody has to be told. SIGTERM or Ctrl-C drains: it takes nothing new,
+    finishes or gives back what it has, and exits with 0. Example:
 
-        mqinfer worker -p pipeline.toml --stage 1 --broker amqp://guest:guest@localhost/ --device cuda:0
+    \b
+      mqinfer worker -p pipeline.toml --stage 1 --device cuda:0 --broker amqp://guest:guest@localhost/
     """
-    flags = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
-    settings = _load(WorkerSettings, config, **flags, codec=codec, log_level=log_level, log_json=log_json)
-    _run(lambda stop: commands.worker(settings, stage, model, stop=stop))
+    from mqinfer import commands
+    from mqinfer.settings import WorkerSettings
+
+    given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
+    settings = _load(WorkerSettings, config, **given, codec=codec, log_level=log_level, log_json=log_json)
+    _run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
 
 
 @app.command()
 def coordinator(
-    pipeline: Pipeline = None,
-    broker: Broker = None,
-    rows: Annotated[int | None, typer.Option(help="Requests computed at the same time.", show_default="128")] = None,
-    model: LocalModel = None,
-    config: Config = None,
-    log_level: LogLevel = None,
-    log_json: LogJson = None,
+    pipeline: flags.Pipeline = None,
+    broker: flags.Broker = None,
+    rows: flags.Rows = None,
+    model: flags.LocalModel = None,
+    config: flags.Config = None,
+    log_level: flags.LogLevel = None,
+    log_json: flags.LogJson = None,
 ) -> None:
-    """Lease requests, send them around the stages, publish results. Needs no GPU; start one or several.
+    """Send requests around the stages and publish results.
 
-    Example:
+    Needs no GPU and no torch. Start one or several. SIGTERM or Ctrl-C gives its requests back. Example:
 
-        mqinfer coordinator -p pipeline.toml --broker amqp://guest:guest@localhost/
+    \b
+      mqinfer coordinator -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
-    flags = {"pipeline": pipeline, "broker": broker, "rows": rows, "log_level": log_level, "log_json": log_json}
-    settings = _load(CoordinatorSettings, config, **flags)
-    _run(lambda stop: commands.coordinator(settings, model, stop=stop))
+    from mqinfer import commands
+    from mqinfer.settings import CoordinatorSettings
+
+    given = {"pipeline": pipeline, "broker": broker, "rows": rows, "log_level": log_level, "log_json": log_json}
+    settings = _load(CoordinatorSettings, config, **given)
+    _run(lambda stop: commands.coordinator(settings, model, stop=stop), stopped=0)
 
 
 @app.command()
-def status(pipeline: Pipeline = None, broker: Broker = None, config: Config = None) -> None:
-    """Show each stage's queue, consumers and rates, and where the pipeline is bound.
+def status(pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None) -> None:
+    """Show each stage's queue, workers and rates.
 
-    Example:
+    And which stage the others wait for: start another worker there. Example:
 
-        mqinfer status -p pipeline.toml --broker amqp://guest:guest@localhost/
+    \b
+      mqinfer status -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
-    settings = _load(Settings, config, pipeline=pipeline, broker=broker)
-    _run(lambda stop: commands.status(settings))
+    from mqinfer import commands
+
+    settings = _operator(config, pipeline, broker)
+    _run(lambda stop: unless_stopped(stop, commands.status(settings)))
 
 
 @queues_app.command("declare")
-def queues_declare(pipeline: Pipeline = None, broker: Broker = None, config: Config = None) -> None:
-    """Make the queues of a pipeline. Actors do it too; this is for checking what the broker allows.
+def queues_declare(pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None) -> None:
+    """Make the queues of a pipeline.
 
-    Example:
+    Actors do it too; this is for checking what the broker allows. Example:
 
-        mqinfer queues declare -p pipeline.toml
+    \b
+      mqinfer queues declare -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
-    settings = _load(Settings, config, pipeline=pipeline, broker=broker)
-    _run(lambda stop: commands.queues_declare(settings))
+    from mqinfer import commands
+
+    settings = _operator(config, pipeline, broker)
+    _run(lambda stop: unless_stopped(stop, commands.queues_declare(settings)))
 
 
 @queues_app.command("purge")
-def queues_purge(pipeline: Pipeline = None, broker: Broker = None, config: Config = None, yes: Yes = False) -> None:
-    """Throw away every waiting request and dead letter of a pipeline. Results of jobs stay.
+def queues_purge(
+    pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None, yes: flags.Yes = False
+) -> None:
+    """Throw away what waits in a pipeline's queues.
 
-    Example:
+    That is every request nobody has begun with, and every dead letter. Results of jobs stay. Example:
 
-        mqinfer queues purge -p pipeline.toml
+    \b
+      mqinfer queues purge -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
-    _empty(_load(Settings, config, pipeline=pipeline, broker=broker), delete=False, yes=yes)
+    _empty(_operator(config, pipeline, broker), delete=False, yes=yes)
 
 
 @queues_app.command("delete")
-def queues_delete(pipeline: Pipeline = None, broker: Broker = None, config: Config = None, yes: Yes = False) -> None:
-    """Delete the queues of a pipeline with all that waits in them. Results of jobs stay.
+def queues_delete(
+    pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None, yes: flags.Yes = False
+) -> None:
+    """Delete a pipeline's queues with what is in them.
 
-    Example:
+    Results of jobs stay. Actors that run make the queues anew. Example:
 
-        mqinfer queues delete -p pipeline.toml
+    \b
+      mqinfer queues delete -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
-    _empty(_load(Settings, config, pipeline=pipeline, broker=broker), delete=True, yes=yes)
+    _empty(_operator(config, pipeline, broker), delete=True, yes=yes)
 
 
 def _empty(settings: Settings, *, delete: bool, yes: bool) -> None:
-    contents = asyncio.run(commands.queues_contents(settings))
-    if lost := {name: count for name, count in contents.items() if count}:
-        for name, count in lost.items():
-            console.err.print(f"{name}: {count} messages", highlight=False)
-        if not yes:
-            typer.confirm("Lose them?", abort=True)
-    _run(lambda stop: commands.queues_empty(settings, delete=delete))
+    from mqinfer import commands
+
+    found = finish(lambda stop: unless_stopped(stop, commands.queues_contents(settings)))
+    losing = {name: state for name, state in found.items() if state.ready or (delete and state.consumers)}
+    for name, state in losing.items():
+        used = ", and what its consumers hold" if delete and state.consumers else ""
+        typer.echo(f"{name}: {state.ready} messages{used}", err=True)
+    if losing and not yes:
+        # Not inside an event loop: it would keep Ctrl-C from the prompt.
+        typer.confirm("Lose them?", abort=True, err=True)
+    if not found:
+        typer.echo("there are no such queues", err=True)
+    _run(lambda stop: commands.queues_empty(settings, list(found), delete=delete))
 
 
-def _load(kind: type[S], config: Path | None, **flags: Any) -> S:
-    settings = load(kind, file=config, **flags)
+def _operator(config: Path | None, pipeline: Path | None, broker: str | None) -> Settings:
+    from mqinfer.settings import Settings
+
+    return _load(Settings, config, pipeline=pipeline, broker=broker)
+
+
+def _load(kind: type[S], config: Path | None, **given: Any) -> S:
+    from mqinfer.observe import log_to_stderr
+    from mqinfer.settings import load
+
+    settings = load(kind, file=config, **given)
     log_to_stderr(level=settings.log_level, as_json=settings.log_json)
     return settings
 
 
-def _run(command: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> None:
-    """Run to the end and exit with what it returns. SIGTERM or Ctrl-C asks it to stop; a second one leaves at once."""
-
-    async def run() -> int:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def asked(number: int) -> None:
-            if stop.is_set():
-                os._exit(128 + number)
-            stop.set()
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, asked, number)
-        return await command(stop)
-
-    with asyncio.Runner(loop_factory=_new_loop) as runner:
-        raise typer.Exit(runner.run(run()))
+def _run(command: Command[int], *, with_torch: bool = False, stopped: int = INTERRUPTED) -> NoReturn:
+    """Run to the end and exit with what the command returns, or with `stopped` if it ended before it had begun."""
+    if not with_torch:
+        _hide_torch()
+    raise typer.Exit(finish(command, stopped=stopped))
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
-    import uvloop
+def _hide_torch() -> None:
+    from mqinfer.tokenizer import hide_torch
 
-    return uvloop.new_event_loop()
+    hide_torch()
 
 
 def main() -> None:
     """The entry point: errors become one sentence on standard error and exit code 2 (1 for a defect of ours)."""
     try:
         app()
-    except* (MqinferError, OSError) as group:
-        console.err.print(f"mqinfer: {first(group)}", style="red", highlight=False, markup=False)
+    except Exception as error:
+        from mqinfer.link import first
+        from mqinfer.observe import ACTOR_FAILED, emit
+
+        cause = first(error) if isinstance(error, ExceptionGroup) else error
+        if not isinstance(cause, MqinferError | OSError):
+            emit(ACTOR_FAILED, actor=" ".join(sys.argv[1:2]), error=repr(cause))
+            raise
+        typer.secho(f"mqinfer: {cause}", fg=typer.colors.RED, err=True)
         sys.exit(2)
-    except* Exception as group:
-        emit(ACTOR_FAILED, actor=" ".join(sys.argv[1:2]), error=repr(first(group)))
-        raise

@@ -1,37 +1,45 @@
-"""What people see on the terminal: tables, and the progress of a job. rich is at home here."""
+"""What people see on the terminal: sentences, tables, and the progress of a job. rich is at home here."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mqinfer.batch_rows import Progress as JobProgress
 from mqinfer.checkpoint import StageCost
+from mqinfer.observe import STAGE_LOADED, add_sink, size
 from mqinfer.plan import Plan
-from mqinfer.survey import Survey
+from mqinfer.survey import Rates, Survey
 
 #: How often the progress is drawn; and how often a line is written where it is not a terminal.
 DRAW_S = 0.25
 LINE_S = 10.0
+#: Where nothing is cut off: in a pipe or a file lines may be as long as they like.
+PIPE_COLUMNS = 10_000
 
-out = Console()
-err = Console(stderr=True)
+out = Console(highlight=False)
+err = Console(highlight=False, stderr=True)
 
 
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+def say(sentence: str) -> None:
+    """Put a sentence on standard error, as it is."""
+    err.print(sentence, markup=False, soft_wrap=True)
+
+
+def show(title: str, table: Table) -> None:
+    """Put a table on standard output."""
+    if not out.is_terminal:
+        out.width = PIPE_COLUMNS
+    out.print(title, markup=False, soft_wrap=True)
+    out.print(table)
 
 
 def token_number(token: int) -> str:
@@ -39,48 +47,92 @@ def token_number(token: int) -> str:
     return f"token_id:{token}"
 
 
-def plan_table(plan: Plan, costs: Sequence[StageCost]) -> Table:
+def _table(*headings: str) -> Table:
+    """The first column on the left, numbers on the right; no wider than it must be."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for at, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if at else "left", no_wrap=True)
+    return table
+
+
+def show_plan(plan: Plan, costs: Sequence[StageCost]) -> None:
     """One line a stage: layers, parameters, bytes, share of the cost, KV bytes a token."""
-    table = Table(title=f"{plan.name}: {plan.model} in {plan.dtype}, {len(plan.stages)} stages, digest {plan.digest}")
-    for heading in ("stage", "layers", "parameters", "bytes", "share of cost", "KV bytes/token"):
-        table.add_column(heading, justify="right")
+    table = _table("stage", "layers", "parameters", "bytes", "share of cost", "KV bytes/token")
     for index, cost in enumerate(costs):
-        spec = plan.stages[index]
-        layers = f"{spec.first}–{spec.end - 1}"
         table.add_row(
             str(index),
-            layers,
+            layers(cost.stage.first, cost.stage.end),
             f"{cost.parameters:,}",
             size(cost.weight_bytes),
             f"{cost.share:.1%}",
             f"{cost.kv_bytes_per_token:,}",
         )
-    return table
+    total = sum(cost.weight_bytes for cost in costs)
+    show(f"{plan.name}: {plan.model} in {plan.dtype}, {size(total)}, digest {plan.digest}", table)
 
 
-def status_table(plan: Plan, earlier: Survey, later: Survey) -> Table:
-    """One line a queue, with rates from the counters of two surveys."""
-    table = Table(title=f"{plan.name} ({plan.digest})")
-    for heading in ("", "ready", "unacked", "consumers", "rows/s", "tokens/s", "busy", "KV used"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    held = later.in_flight()
-    requests = later.requests
-    table.add_row("requests", str(requests.ready if requests else "–"), str(held), str(len(later.coordinators())))
-    bound = later.bound_stage(earlier)
+def layers(first: int, end: int) -> str:
+    """Half-open, as in the plan's file."""
+    return f"[{first}, {end})"
+
+
+def show_status(plan: Plan, earlier: Survey, later: Survey) -> None:
+    """One line a queue, with rates from the counters of two surveys; then what is wrong, or where it is bound."""
+    table = _table("queue", "ready", "unacked", "consumers", "rows/s", "tokens/s", "busy", "KV used")
+    requests, dead = (str(state.ready) if state else "–" for state in (later.requests, later.dead))
+    table.add_row("requests", requests, str(later.in_flight()), str(len(later.coordinators())))
     for stage, state in enumerate(later.stages):
-        rates = later.rates(earlier, stage)
-        table.add_row(
-            f"stage {stage}" + (" ← bound here" if stage == bound else ""),
-            str(state.ready if state else "–"),
-            f"{rates.unacknowledged:.0f}",
-            str(rates.workers),
-            f"{rates.rows_per_s:.1f}",
-            f"{rates.tokens_per_s:.1f}",
-            f"{rates.busy:.0%}",
-            f"{size(rates.kv_used_bytes)} of {size(rates.kv_budget_bytes)}",
+        ready = str(state.ready) if state else "–"
+        table.add_row(f"stage {stage}", ready, *_rates(later.rates(earlier, stage)))
+    table.add_row("dead letters", dead)
+    show(f"{plan.name}, digest {plan.digest}", table)
+    for sentence in _remarks(earlier, later):
+        out.print(sentence, markup=False, soft_wrap=True)
+
+
+def _rates(rates: Rates) -> tuple[str, ...]:
+    if not rates.workers:
+        return "–", "0"
+    return (
+        f"{rates.unacknowledged:.0f}",
+        str(rates.workers),
+        f"{rates.rows_per_s:.1f}",
+        f"{rates.tokens_per_s:.1f}",
+        f"{rates.busy:.0%}",
+        f"{rates.kv_used_bytes / max(rates.kv_budget_bytes, 1):.0%}",
+    )
+
+
+def _remarks(earlier: Survey, later: Survey) -> Iterator[str]:
+    bound = later.bound_stage(earlier)
+    if complaint := later.complaint():
+        yield complaint
+    elif bound is not None:
+        busy = later.rates(earlier, bound).busy
+        yield f"bound at stage {bound}: the others wait for it, its workers compute {busy:.0%} of the time"
+    else:
+        yield "nothing is under way"
+    if later.dead is not None and later.dead.ready:
+        yield "dead letters are bodies that nobody could read: their header `reason` says why"
+
+
+@contextmanager
+def stages_told() -> Iterator[None]:
+    """While the body runs, say of each stage that is loaded what it took."""
+    forget = add_sink(_tell_loaded)
+    try:
+        yield
+    finally:
+        forget()
+
+
+def _tell_loaded(event: str, fields: Mapping[str, Any]) -> None:
+    if event == STAGE_LOADED:
+        say(
+            f"stage {fields['stage']}, layers {fields['layers']}: {size(fields['weight_bytes'])} of weights "
+            f"in {fields['seconds']:.1f} s, memory grew by {size(fields['peak_bytes'])}, "
+            f"up to {size(fields['kv_bytes'])} more for keys and values"
         )
-    table.add_row("dead letters", str(later.dead.ready if later.dead else "–"), "", "")
-    return table
 
 
 @asynccontextmanager
@@ -96,44 +148,64 @@ async def job_progress(progress: JobProgress, title: str) -> AsyncIterator[None]
 
 async def _draw(progress: JobProgress, title: str) -> None:
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[failed]} failed · {task.fields[rate]:.1f} tokens/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[words]}"),
         TimeRemainingColumn(elapsed_when_finished=False),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("left"),
     )
-    began_s = time.monotonic()
-    with Progress(*columns, console=err) as bar:
-        task = bar.add_task(title, total=None, failed=0, rate=0.0, note="")
+    words = _Words(progress)
+    with Progress(*columns, console=err, expand=True) as bar:
+        task = bar.add_task(title, total=progress.total or None, completed=progress.done, words=words.now())
         try:
             while True:
-                _update(bar, task, progress, began_s)
+                _update(bar, task, progress, words)
                 await asyncio.sleep(DRAW_S)
         finally:
-            _update(bar, task, progress, began_s)
+            _update(bar, task, progress, words)
 
 
-def _update(bar: Progress, task: object, progress: JobProgress, began_s: float) -> None:
-    bar.update(
-        task,  # type: ignore[arg-type]
-        total=progress.total or None,
-        completed=progress.done,
-        failed=progress.failed,
-        rate=progress.output_tokens / max(time.monotonic() - began_s, 1e-3),
-        note=progress.note,
-    )
+def _update(bar: Progress, task: TaskID, progress: JobProgress, words: _Words) -> None:
+    words.tell_note()
+    bar.update(task, total=progress.total or None, completed=progress.done, words=words.now())
 
 
 async def _write_lines(progress: JobProgress, title: str) -> None:
-    began_s = time.monotonic()
+    words = _Words(progress)
     while True:
         await asyncio.sleep(LINE_S)
-        rate = progress.output_tokens / (time.monotonic() - began_s)
-        total = progress.total or "?"
-        line = (
-            f"{title}: {progress.done} of {total} done, {progress.failed} failed, {rate:.1f} tokens/s {progress.note}"
-        )
-        print(line.rstrip(), file=sys.stderr, flush=True)
+        words.tell_note()
+        say(f"{title}: {words.now()}{words.left()}")
+
+
+class _Words:
+    """A job's progress in words, with the rate since this was made."""
+
+    def __init__(self, progress: JobProgress, clock: Callable[[], float] = time.monotonic) -> None:
+        self._progress = progress
+        self._clock = clock
+        self._began_s = clock()
+        self._done_before = progress.done
+        self._note = ""
+
+    def now(self) -> str:
+        """Done, failed, tokens per second."""
+        progress = self._progress
+        rate = progress.output_tokens / max(self._clock() - self._began_s, 1e-3)
+        return f"{progress.done}/{progress.total or '?'} done, {progress.failed} failed, {rate:.1f} tokens/s"
+
+    def left(self) -> str:
+        """The time that is left if it goes on as since the beginning; "" where nothing can be said."""
+        done = self._progress.done - self._done_before
+        rest = self._progress.total - self._progress.done
+        if done < 1 or rest < 0:
+            return ""
+        minutes, seconds = divmod(round(rest * (self._clock() - self._began_s) / done), 60)
+        return f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+
+    def tell_note(self) -> None:
+        """Say why nothing comes, once."""
+        if self._progress.note != self._note:
+            self._note = self._progress.note
+            if self._note:
+                say(self._note)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import structlog
@@ -64,19 +64,52 @@ def add_sink(sink: Sink) -> Callable[[], None]:
 
 def log_to_stderr(*, level: str = "info", as_json: bool = False) -> None:
     """Events become log lines on standard error, for people, or as JSON for machines."""
-    renderer: Any = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=False)
+    form = [structlog.processors.JSONRenderer()] if as_json else [_for_people, _console_renderer()]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
-            renderer,
+            *form,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_level(level)),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Looked up for each line: a progress bar puts itself in the place of sys.stderr while it is drawn.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )
+    _quiet_libraries()
     logger = structlog.get_logger()
     add_sink(lambda event, fields: logger.log(_severity(event), event, **fields))
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _console_renderer() -> Any:
+    return structlog.dev.ConsoleRenderer(colors=False, sort_keys=False)
+
+
+def _for_people(_logger: object, _method: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Sizes with their units, and no more digits than can be read."""
+    for name, value in fields.items():
+        if name.endswith("_bytes") and isinstance(value, int):
+            fields[name] = size(value)
+        elif isinstance(value, float):
+            fields[name] = round(value, 3)
+    return fields
+
+
+def _quiet_libraries() -> None:
+    """What the RabbitMQ clients log of a lost connection is raised too, and told by us as link.lost or link.refused."""
+    for name in ("aio_pika", "aiormq"):
+        library = logging.getLogger(name)
+        library.handlers = [logging.NullHandler()]
+        library.propagate = False
 
 
 def _level(name: str) -> int:

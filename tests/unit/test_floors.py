@@ -33,7 +33,7 @@ class Room:
 #: Rooms of one floor are blind to each other.
 ROOMS = (
     Room("words", 0, "__init__ errors observe"),
-    Room("what travels", 1, "messages wire queues plan settings families"),
+    Room("what travels", 1, "messages wire wire_fields wire_header queues plan settings families"),
     Room("codec", 2, "tensor_codec"),
     Room(
         "transports",
@@ -42,36 +42,42 @@ ROOMS = (
         "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
     ),
     Room("checkpoint", 2, "checkpoint headers anatomy hub"),
-    Room("compute", 2, "stage_model stage_weights pruning attention padding kv_cache sampler prepack"),
+    Room("compute", 2, "stage_model stage_weights pruning attention padding kv_cache sampler device"),
     Room("text", 2, "tokenizer"),
-    Room("policy", 2, "batching verdicts partition scheduler"),
+    Room("policy", 2, "batching verdicts partition rows scheduler"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
-    Room("worker", 4, "stage_worker stage_compute"),
-    Room("coordinator", 4, "coordinator leases"),
+    Room("worker", 4, "stage_worker stage_inbox stage_compute"),
+    Room("coordinator", 4, "coordinator leases requests"),
     Room("producer", 4, "producer"),
     Room("survey", 4, "survey"),
-    Room("doors", 5, "__main__ cli commands console embedded batch_files batch_rows batch_job openai_bodies"),
+    Room(
+        "doors",
+        5,
+        "__main__ cli flags running commands console embedded "
+        "batch_files batch_output batch_rows batch_job openai_bodies",
+    ),
 )
 
 #: Third-party package -> the only modules that may import it. Policy has none: the standard library must do.
 HOMES = {
     "aio_pika": "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
-    "aiormq": "transports.rabbitmq transports.rabbitmq_link",
+    "aiormq": "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
     "huggingface_hub": "hub",
     "jinja2": "tokenizer",
-    "msgpack": "wire",
+    "msgpack": "wire_header",
+    "numpy": "tensor_codec",
     "pydantic": "settings openai_bodies",
     "pydantic_settings": "settings",
     "rich": "console",
     "safetensors": "stage_weights",
     "structlog": "observe",
     "tenacity": "link",
-    "torch": "tensor_codec stage_model stage_weights pruning attention padding kv_cache sampler prepack "
+    "torch": "tensor_codec stage_model stage_weights pruning attention padding kv_cache sampler device "
     "stage_engine stage_compute",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
-    "typer": "cli",
-    "uvloop": "cli",
+    "typer": "cli flags",
+    "uvloop": "running",
     "xxhash": "wire",
     "yarl": "transports.rabbitmq_connect",
     "zstandard": "tensor_codec",

@@ -1,0 +1,130 @@
+"""The flags of the command line, and how they read in `--help`. No default lives here: settings.py has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# What all commands share
+
+Broker = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="amqp://user:password@host:port/vhost, or MQINFER_BROKER. Default: the local one, as guest.",
+    ),
+]
+Pipeline = Annotated[
+    Path | None,
+    typer.Option("--pipeline", "-p", metavar="FILE", help="The plan (mqinfer plan), or MQINFER_PIPELINE."),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="MQINFER_CONFIG",
+        show_envvar=False,
+        help="Settings in TOML, after flags and MQINFER_*; or MQINFER_CONFIG.",
+    ),
+]
+LogLevel = Annotated[
+    str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error, or MQINFER_LOG_LEVEL.")
+]
+LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON objects, or MQINFER_LOG_JSON.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+# Plans
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face checkpoint: a local folder or a hub id.")]
+Stages = Annotated[int | None, typer.Option(metavar="N", help="How many stages of equal cost.")]
+Cut = Annotated[str | None, typer.Option(metavar="A,B,…", help="Cut before these layers instead.")]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", show_default=False, help="float32 (the default), bfloat16 or float16.")
+]
+Name = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The pipeline's name, part of its queues' names. Default: the model's."),
+]
+Revision = Annotated[
+    str, typer.Option(metavar="NAME", show_default=False, help="The hub repository's branch, tag or commit.")
+]
+PlanFile = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here, in TOML.")]
+
+# Actors
+
+Stage = Annotated[int, typer.Option(metavar="K", help="Which stage of the plan, from 0.")]
+LocalModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="PATH", help="The checkpoint's folder on this machine, if not where the plan says."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 …, or MQINFER_DEVICE. Default: cpu.")
+]
+KvBytes = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="The most that keys and values may take, or MQINFER_KV_BYTES. Default: 1GiB."),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="CPU threads of the compute, or MQINFER_THREADS. Default: one for each core."),
+]
+Codec = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How hidden states travel on: raw, lossless, int8 or int8+zstd, or MQINFER_CODEC. Default: lossless.",
+    ),
+]
+Rows = Annotated[
+    int | None, typer.Option(metavar="N", help="Requests computed at the same time, or MQINFER_ROWS. Default: 128.")
+]
+
+# Jobs
+
+Prompts = Annotated[
+    Path,
+    typer.Argument(metavar="PROMPTS", help='JSON lines: OpenAI\'s batch format, or {"custom_id": …, "prompt": …}.'),
+]
+Results = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Results, one line per custom_id.")]
+ResultsOrNone = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="FILE", help="Results, one line per custom_id.")
+]
+BatchModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="Here: the checkpoint, a folder or a hub id. With --broker: where its tokenizer is on this machine.",
+    ),
+]
+BatchStages = Annotated[
+    int | None, typer.Option("--stages", metavar="N", help="Here: how many stages of equal cost. Default: 1.")
+]
+BatchDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="NAME", help="Here: float32 (the default), bfloat16 or float16."),
+]
+Detach = Annotated[bool, typer.Option("--detach", help="Enqueue, print the job's id and leave.")]
+RetryErrors = Annotated[bool, typer.Option("--retry-errors", help="Ask again where the row is an error.")]
+Window = Annotated[
+    int | None, typer.Option(metavar="N", help="Requests under way at most, or MQINFER_WINDOW. Default: 2048.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(metavar="N", help="For lines that do not say it, or MQINFER_MAX_TOKENS. Default: 256.")
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="T", help="For lines that do not say it, or MQINFER_TEMPERATURE. Default: 0, the likeliest."),
+]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="The id that `mqinfer batch --detach` printed.")]
+ResultsPlan = Annotated[
+    Path | None,
+    typer.Option("--pipeline", "-p", metavar="FILE", help="The plan, for the texts of logprobs' tokens."),
+]
+Wait = Annotated[
+    bool, typer.Option(show_default=False, help="Wait for the rest (the default), or take only what is there.")
+]

@@ -1,0 +1,152 @@
+"""Where settings come from, which goes first, and what is said of those that can't be used."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mqinfer import tensor_codec
+from mqinfer.errors import SettingsError
+from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, WorkerSettings, load, parse_bytes
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("MQINFER_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mqinfer.toml"
+    path.write_text('broker = "amqp://file/"\ndevice = "cuda:1"\nrows = 7\nkv_bytes = "2GiB"\n')
+    return path
+
+
+def test_a_flag_goes_before_the_environment_and_that_before_the_file(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(Settings).broker == "amqp://guest:guest@localhost:5672/"
+    assert load(Settings, file=file).broker == "amqp://file/"
+    monkeypatch.setenv("MQINFER_BROKER", "amqp://environment/")
+    assert load(Settings, file=file).broker == "amqp://environment/"
+    assert load(Settings, file=file, broker="amqp://flag/").broker == "amqp://flag/"
+
+
+def test_a_flag_that_was_not_given_hides_nothing(file: Path) -> None:
+    assert load(WorkerSettings, file=file, device=None).device == "cuda:1"
+
+
+def test_an_empty_variable_is_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MQINFER_THREADS", "")
+    assert load(WorkerSettings).threads == 0
+
+
+def test_actors_share_a_file_and_take_their_own_keys(file: Path) -> None:
+    assert load(WorkerSettings, file=file).kv_bytes == 2 * 2**30
+    assert load(CoordinatorSettings, file=file).rows == 7
+
+
+def test_it_can_be_seen_whether_a_setting_was_given(file: Path) -> None:
+    assert "broker" not in load(Settings).model_fields_set
+    assert "broker" in load(Settings, file=file).model_fields_set
+
+
+def test_one_file_does_not_linger_in_the_next_settings(file: Path) -> None:
+    load(WorkerSettings, file=file)
+    assert load(WorkerSettings).device == "cpu"
+
+
+def test_a_key_that_no_actor_has_is_refused_and_the_nearest_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text("kv_byte = 1\n")
+    with pytest.raises(SettingsError, match=r"s\.toml: unknown key 'kv_byte', is it 'kv_bytes'\?"):
+        load(Settings, file=path)
+    path.write_text("quux = 1\n")
+    with pytest.raises(SettingsError, match=r"unknown key 'quux'$"):
+        load(Settings, file=path)
+
+
+@pytest.mark.parametrize("content", [b"rows = [", b"\xff"])
+def test_a_file_that_is_not_toml_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "s.toml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"s\.toml is not TOML"):
+        load(Settings, file=path)
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"nowhere\.toml: No such file"):
+        load(Settings, file=tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "words"),
+    [
+        (WorkerSettings, "kv_bytes", "4Gxx", "write a size such as 4GiB or 512MiB"),
+        (WorkerSettings, "kv_bytes", "0", "greater than 0"),
+        (WorkerSettings, "kv_bytes", "-1GiB", "write a size"),
+        (WorkerSettings, "codec", "zip", "'lossless'"),
+        (WorkerSettings, "threads", "many", "integer"),
+        (CoordinatorSettings, "rows", "0", "greater than or equal to 1"),
+        (BatchSettings, "temperature", "3", "less than or equal to 2"),
+        (Settings, "log_level", "loud", "'warning'"),
+    ],
+)
+def test_a_value_that_can_not_be_used_is_refused_by_its_name(
+    kind: type[Settings], name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"MQINFER_{name.upper()}", value)
+    with pytest.raises(SettingsError) as caught:
+        load(kind)
+    assert str(caught.value).startswith(f"setting {name}: ")
+    assert words in str(caught.value)
+    assert f"(flag, MQINFER_{name.upper()} or file)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("1", 1),
+        ("10b", 10),
+        ("1KiB", 1024),
+        ("1.5 mib", 3 * 2**19),
+        ("4GiB", 2**32),
+        ("2TiB", 2**41),
+        ("3GB", 3 * 10**9),
+    ],
+)
+def test_a_size_is_read_with_its_unit(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+def test_a_size_beyond_all_floats_is_still_a_number() -> None:
+    assert parse_bytes("9" * 400) > 2**1000
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "1 2", "1.GiB", "1e9", "٣GiB", "1GiBs"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write a size"):
+        parse_bytes(text)
+
+
+def test_a_log_level_may_be_written_large() -> None:
+    assert load(Settings, log_level="DEBUG").log_level == "debug"
+
+
+def test_a_batch_job_is_quiet_unless_it_is_told_otherwise(file: Path) -> None:
+    assert load(Settings).log_level == "info"
+    assert load(BatchSettings).log_level == "warning"
+    assert load(BatchSettings, log_level="info").log_level == "info"
+
+
+def test_every_codec_of_the_settings_can_pack_and_none_is_missing() -> None:
+    assert set(WorkerSettings.model_fields["codec"].annotation.__args__) == set(tensor_codec.CODECS)  # type: ignore[union-attr]
+
+
+def test_settings_can_not_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(Settings).broker = "amqp://other/"  # type: ignore[misc]

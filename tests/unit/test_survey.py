@@ -1,0 +1,126 @@
+"""What a survey says of the actors that answered: rates, the stage that the others wait for, what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fakes import make_plan
+
+from mqinfer import survey
+from mqinfer.messages import Ask, Probe, Report
+from mqinfer.plan import Plan
+from mqinfer.queues import Topology, new_id
+from mqinfer.survey import Survey
+from mqinfer.transports.base import Delivery, Transport
+from mqinfer.transports.memory import open_memory
+from mqinfer.wire import decode, encode
+
+
+def worker(name: str, stage: int, clock_s: float, **values: float) -> Report:
+    return Report(role="worker", id=name, host="h", stage=stage, clock_s=clock_s, values=values)
+
+
+def coordinator(rows: float = 0) -> Report:
+    return Report(role="coordinator", id="c", host="h", stage=-1, clock_s=0, values={"rows": rows})
+
+
+def seen(*reports: Report, stages: int = 2) -> Survey:
+    return Survey(None, None, (None,) * stages, {report.id: report for report in reports})
+
+
+def test_rates_are_differences_over_each_worker_s_own_clock() -> None:
+    earlier = seen(worker("a", 0, 100.0, rows=10, tokens=20, busy_s=1), worker("b", 0, 7.0, rows=0, tokens=0, busy_s=0))
+    later = seen(worker("a", 0, 102.0, rows=30, tokens=60, busy_s=2), worker("b", 0, 8.0, rows=5, tokens=5, busy_s=1))
+    rates = later.rates(earlier, 0)
+    assert (rates.workers, rates.rows_per_s, rates.tokens_per_s, rates.busy) == (2, 15.0, 25.0, 0.75)
+
+
+def test_a_worker_that_answered_once_is_present_and_has_no_rate() -> None:
+    rates = seen(worker("a", 0, 1.0, rows=9, kv_used_bytes=5, kv_budget_bytes=10)).rates(seen(), 0)
+    assert (rates.workers, rates.rows_per_s, rates.busy) == (1, 0.0, 0.0)
+    assert (rates.kv_used_bytes, rates.kv_budget_bytes) == (5, 10)
+
+
+def test_how_busy_a_stage_is_counts_only_workers_that_answered_twice() -> None:
+    later = seen(worker("a", 0, 2.0, busy_s=1), worker("b", 0, 9.0, busy_s=5))
+    assert later.rates(seen(worker("a", 0, 0.0, busy_s=0)), 0).busy == 0.5
+
+
+def test_two_answers_at_one_instant_divide_by_no_zero() -> None:
+    report = worker("a", 0, 1.0, rows=9)
+    assert seen(report).rates(seen(report), 0).rows_per_s == 0.0
+
+
+def test_a_stage_without_workers_has_rates_of_zero() -> None:
+    assert seen().rates(seen(), 1).workers == 0
+    assert seen().rates(seen(), 1).busy == 0.0
+
+
+def test_the_busiest_stage_binds_while_work_is_under_way() -> None:
+    earlier = seen(worker("a", 0, 0.0, busy_s=0), worker("b", 1, 0.0, busy_s=0))
+    busy = (worker("a", 0, 10.0, busy_s=2), worker("b", 1, 10.0, busy_s=9))
+    assert seen(*busy, coordinator(rows=3)).bound_stage(earlier) == 1
+    assert seen(*busy, coordinator(rows=0)).bound_stage(earlier) is None
+
+
+def test_a_stage_that_nobody_serves_binds_before_the_busiest() -> None:
+    later = seen(worker("a", 0, 10.0, busy_s=9), coordinator(rows=3))
+    assert later.bound_stage(seen()) == 1
+
+
+def test_requests_in_flight_are_those_of_all_coordinators() -> None:
+    other = Report(role="coordinator", id="d", host="h", stage=-1, clock_s=0, values={"rows": 4})
+    assert seen(coordinator(rows=3), other).in_flight() == 7
+
+
+def test_a_complaint_names_the_first_thing_to_start() -> None:
+    assert "start one with `mqinfer coordinator`" in seen(worker("a", 0, 0.0)).complaint()
+    assert seen(coordinator(), stages=3).complaint() == "no worker serves stage 0, 1, 2"
+    assert seen(coordinator(), worker("a", 0, 0.0), worker("b", 1, 0.0)).complaint() == ""
+
+
+class Answering:
+    """An actor that answers every Ask with these bodies."""
+
+    def __init__(self, transport: Transport, plan: Plan, *bodies: bytes) -> None:
+        self._transport = transport
+        self._spec = Topology(plan.name).worker("w-1")
+        self._bodies = bodies
+
+    async def open(self) -> None:
+        await self._transport.declare(self._spec)
+        await self._transport.consume(self._spec.name, prefetch=0, sink=self._arrived)
+
+    def _arrived(self, delivery: Delivery) -> None:
+        self._task = asyncio.ensure_future(self._answer(delivery))
+
+    async def _answer(self, delivery: Delivery) -> None:
+        ask = decode(delivery.body)
+        assert isinstance(ask, Ask)
+        await delivery.ack()
+        for body in self._bodies:
+            await self._transport.publish(ask.reply_to, body)
+
+
+async def test_a_survey_with_nothing_there_is_empty_and_leaves_nothing_behind() -> None:
+    plan, name = make_plan("p"), new_id("test")
+    transport = open_memory(name)
+    found = await survey.take(transport, plan, wait_s=0.01)
+    assert (found.requests, found.dead, found.stages, found.reports) == (None, None, (None, None), {})
+    assert found.in_flight() == 0
+    assert not transport.subscriptions
+
+
+async def test_a_survey_takes_reports_and_queues_and_no_notice_of_what_is_neither() -> None:
+    plan, name = make_plan("p"), new_id("test")
+    transport, topology = open_memory(name), Topology("p")
+    for spec in topology.shared(2):
+        await transport.declare(spec)
+    await transport.publish(topology.stage(1).name, b"x")
+    report = worker("a", 0, 1.0)
+    probe = encode(Probe(plan=plan.digest))
+    await Answering(open_memory(name), plan, b"garbage", probe, encode(report)).open()
+    found = await survey.take(transport, plan, wait_s=0.05)
+    assert found.reports == {"a": report}
+    assert [state.ready for state in found.stages if state] == [0, 1]
+    assert not transport.unsettled
