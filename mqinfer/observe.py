@@ -44,6 +44,8 @@ _WARNING = frozenset(
     {LINK_LOST, ROW_MISSED, BODY_REFUSED, RESULT_UNCLAIMED, CHECKPOINT_LATE, WORKER_GONE, REQUEST_REFUSED}
 )
 _ERROR = frozenset({LINK_REFUSED, COMPUTE_FAILED, ACTOR_FAILED})
+#: Reasons of a missed row that are no fault: a worker leaves, or is full.
+_ORDINARY_MISSES = frozenset({"gone", "room"})
 
 Sink = Callable[[str, Mapping[str, Any]], None]
 
@@ -78,7 +80,7 @@ def log_to_stderr(*, level: str = "info", as_json: bool = False) -> None:
     )
     _quiet_libraries()
     logger = structlog.get_logger()
-    add_sink(lambda event, fields: logger.log(_severity(event), event, **fields))
+    add_sink(lambda event, fields: logger.log(_severity(event, fields), event, **fields))
 
 
 def size(count: float) -> str:
@@ -117,9 +119,11 @@ def _level(name: str) -> int:
     return levels.get(name.upper(), logging.INFO)
 
 
-def _severity(event: str) -> int:
+def _severity(event: str, fields: Mapping[str, Any]) -> int:
     if event in _DEBUG:
         return logging.DEBUG
+    if event == ROW_MISSED and fields.get("reason") in _ORDINARY_MISSES:
+        return logging.INFO
     if event in _WARNING:
         return logging.WARNING
     return logging.ERROR if event in _ERROR else logging.INFO

@@ -136,7 +136,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, folder: Path, broker: Broker
     """One coordinator, one worker on stages 0 and 1, two on stage 2."""
     fleet = Fleet(tmp_path_factory.mktemp("fleet"), folder, broker)
     try:
-        fleet.start("coordinator")
+        fleet.start("coordinator", "--rows", "6")  # fewer than there are prompts: some wait, some run, some are done
         for stage in (0, 1, 2, 2):
             fleet.worker(stage)
         yield fleet

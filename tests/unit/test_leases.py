@@ -302,6 +302,9 @@ async def test_a_round_that_fits_is_not_turned_again() -> None:
     await taking.settle(1)
     await until(lambda: len(taking.held) == 8)
     await taking.tune()
+    await taking.held.pop().settle()
+    await taking.tune()
+    await until(lambda: len(taking.held) == 8)
     assert (taking.most, taking.intake.round) == (8, 2)
 
 
