@@ -121,8 +121,7 @@ async def batch_here(
 
         async def run() -> None:
             with console.stages_told():
-                # What is loaded is told by events; `tell` would say it again.
-                async with embedded.pipeline(plan, folder, tokenizer, worker, lambda _: None) as connect:
+                async with embedded.pipeline(plan, folder, tokenizer, worker) as connect:
                     loaded.set()
                     await _show(batch, rows, prompts, connect, stop)
 
@@ -158,7 +157,7 @@ def _check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: Worke
 
     device.check(settings.device)
     costs = [checkpoint.stage_table(plan, checkpoint.facts(str(folder)))[stage] for stage in stages]
-    row_bytes = max(cost.kv_bytes_per_token for cost in costs) * ROUND_TOKENS * len(costs)
+    row_bytes = sum(cost.kv_bytes_per_token for cost in costs) * ROUND_TOKENS
     if settings.kv_bytes < row_bytes:
         raise SettingsError(
             f"--kv-bytes {size(settings.kv_bytes)} does not hold one row: already the keys and values of "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -23,36 +23,42 @@ from mqinfer.transports.base import Transport
 
 
 @asynccontextmanager
-async def pipeline(
-    plan: Plan, folder: Path, tokenizer: Tokenizer, settings: WorkerSettings, tell: Callable[[str], None]
-) -> AsyncIterator[Connect]:
+async def pipeline(plan: Plan, folder: Path, tokenizer: Tokenizer, settings: WorkerSettings) -> AsyncIterator[Connect]:
     """Load all stages, run all actors; what it gives connects a producer to them.
 
-    `settings.kv_bytes` and the threads are for all stages together. Raises: PlanError, OutOfMemory.
+    `settings.kv_bytes` is for all stages together. Raises: PlanError, OutOfMemory.
     """
     url = f"memory://{new_id('embedded')}"
-    stages = len(plan.stages)
-    each = settings.model_copy(
-        update={
-            "kv_bytes": max(settings.kv_bytes // stages, 1),
-            "threads": settings.threads or max((os.cpu_count() or 1) // stages, 1),
-            "drain_s": 0.0,
-        }
-    )
 
     async def connect() -> Transport:
         return await open_transport(url)
 
     workers = []
-    for stage in range(stages):
-        compute = await asyncio.to_thread(load_compute, plan, stage, folder, each, tell)
-        workers.append(StageWorker(plan, stage, compute, each, connect))
+    for stage in range(len(plan.stages)):
+        own = _share(settings, plan, stage)
+        compute = await asyncio.to_thread(load_compute, plan, stage, folder, own)
+        workers.append(StageWorker(plan, stage, compute, own, connect))
     coordinator = Coordinator(plan, tokenizer, CoordinatorSettings(), connect)
-    stop = asyncio.Event()
+    first, then = asyncio.Event(), asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        for run in (coordinator.run, *(worker.run for worker in workers)):
-            tasks.create_task(run(stop))
+        coordinating = tasks.create_task(coordinator.run(first))
+        for worker in workers:
+            tasks.create_task(worker.run(then))
         try:
             yield connect
-        finally:
-            stop.set()
+        finally:  # the coordinator first, so that it does not replay what leaving workers give back
+            first.set()
+            await asyncio.wait({coordinating})
+            then.set()
+
+
+def _share(settings: WorkerSettings, plan: Plan, stage: int) -> WorkerSettings:
+    """The stage's part of the memory, by its layers, and of the cores."""
+    spec = plan.stages[stage]
+    return settings.model_copy(
+        update={
+            "kv_bytes": max(settings.kv_bytes * (spec.end - spec.first) // plan.layers, 1),
+            "threads": settings.threads or max((os.cpu_count() or 1) // len(plan.stages), 1),
+            "drain_s": 0.0,
+        }
+    )

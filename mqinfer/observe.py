@@ -14,9 +14,8 @@ from typing import Any
 import structlog
 
 # Links
-LINK_OPENED = "link.opened"  #: actor, queue
-LINK_LOST = "link.lost"  #: actor, error, retry_s
-LINK_REFUSED = "link.refused"  #: actor, error
+LINK_OPENED = "link.opened"  #: actor
+LINK_LOST = "link.lost"  #: actor, error
 
 # Workers
 STAGE_LOADED = "stage.loaded"  #: stage, layers, weight_bytes, peak_bytes, seconds, kv_bytes
@@ -43,7 +42,7 @@ _DEBUG = frozenset({STEP_COMPUTED, CHECKPOINT_KEPT, REQUEST_ENDED})
 _WARNING = frozenset(
     {LINK_LOST, ROW_MISSED, BODY_REFUSED, RESULT_UNCLAIMED, CHECKPOINT_LATE, WORKER_GONE, REQUEST_REFUSED}
 )
-_ERROR = frozenset({LINK_REFUSED, COMPUTE_FAILED, ACTOR_FAILED})
+_ERROR = frozenset({COMPUTE_FAILED, ACTOR_FAILED})
 #: Reasons of a missed row that are no fault: a worker leaves, or is full.
 _ORDINARY_MISSES = frozenset({"gone", "room"})
 

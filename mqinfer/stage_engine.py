@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +102,8 @@ class StageEngine:
         device: str = "cpu",
         kv_bytes: int,
         idle_s: float = 120.0,
-        progress: Callable[[str], None] | None = None,
     ) -> StageEngine:
-        """Read the stage out of a checkpoint; `progress` is told what it took. Raises: PlanError."""
+        """Read the stage out of a checkpoint. Raises: PlanError, OutOfMemory."""
         began_s, peak_bytes = time.monotonic(), _peak_bytes()
         model = StageModel.load(plan, stage, folder=folder, device=device)
         grown_bytes = _peak_bytes() - peak_bytes
@@ -118,8 +117,6 @@ class StageEngine:
             seconds=time.monotonic() - began_s,
             kv_bytes=kv_bytes,
         )
-        if progress is not None:
-            progress(f"stage {stage}: {model.weight_bytes:,} bytes of weights, memory grew by {grown_bytes:,}")
         cache = KVCache(shapes=model.shapes, dtype=model.dtype, device=model.device, budget_bytes=kv_bytes)
         return cls(model, cache, stage=stage, vocab_size=plan.vocab_size, idle_s=idle_s)
 

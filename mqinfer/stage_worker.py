@@ -73,18 +73,10 @@ class StageWorker:
             await keep_linked(f"worker of stage {self._stage}", self._connect, session, stop)
 
 
-def load_compute(
-    plan: Plan, stage: int, folder: Path, settings: WorkerSettings, tell: Callable[[str], None] | None = None
-) -> StageCompute:
+def load_compute(plan: Plan, stage: int, folder: Path, settings: WorkerSettings) -> StageCompute:
     """Read the stage's tensors from `folder` onto the device. Raises: PlanError, OutOfMemory."""
     engine = StageEngine.load(
-        plan,
-        stage,
-        folder=folder,
-        device=settings.device,
-        kv_bytes=settings.kv_bytes,
-        idle_s=settings.idle_s,
-        progress=tell,
+        plan, stage, folder=folder, device=settings.device, kv_bytes=settings.kv_bytes, idle_s=settings.idle_s
     )
     return StageCompute(plan, stage, engine, codec=settings.codec, threads=settings.threads)
 
