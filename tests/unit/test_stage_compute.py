@@ -1,0 +1,110 @@
+"""A step's way through one stage without I/O, around a fake engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from fakes import HIDDEN, FakeEngine, make_plan
+
+from mqinfer.messages import Miss, MissReason, Row, Sampling, Step, StepDone
+from mqinfer.stage_compute import StageCompute
+from mqinfer.tensor_codec import pack
+from mqinfer.wire import decode
+
+PLAN = make_plan("p", stages=2)
+ROWS = (Row(row=0, epoch=0, start=0, count=2, reserve=9), Row(row=1, epoch=0, start=0, count=1, reserve=9))
+
+
+def compute(stage: int, codec: str = "lossless", **fake: Any) -> StageCompute:
+    return StageCompute(PLAN, stage, FakeEngine(PLAN, stage, **fake), codec=codec, threads=1)  # type: ignore[arg-type]
+
+
+def first_step(**more: Any) -> Step:
+    fields: dict[str, Any] = {"rows": ROWS, "tokens": (5, 6, 7), "stage": 0}
+    return Step(**({"plan": PLAN.digest, "owner": "c", "microbatch": 3, "number": 0} | fields | more))
+
+
+def second_step(hidden: torch.Tensor, **more: Any) -> Step:
+    return first_step(stage=1, tokens=(), hidden=pack(hidden, "raw"), route=("w0",), **more)
+
+
+def test_a_first_trip_goes_on_with_the_worker_on_its_route() -> None:
+    (out,) = compute(0).run([first_step()], "w0")
+    onward = decode(out.body)
+    assert not out.ends
+    assert isinstance(onward, Step)
+    assert (onward.stage, onward.route, onward.tokens, onward.rows) == (1, ("w0",), (), ROWS)
+    assert onward.hidden is not None
+    assert onward.hidden.shape == (3, HIDDEN)
+
+
+def test_a_later_trip_keeps_its_route() -> None:
+    (out,) = compute(0).run([first_step(route=("w0", "w1"))], "w0")
+    onward = decode(out.body)
+    assert isinstance(onward, Step)
+    assert onward.route == ("w0", "w1")
+
+
+def test_a_worker_that_leaves_says_so_in_every_step() -> None:
+    (out,) = compute(0).run([first_step()], "w0", True)
+    onward = decode(out.body)
+    assert isinstance(onward, Step)
+    assert onward.closing
+
+
+def test_the_last_stage_ends_the_trip_with_the_tokens_drawn() -> None:
+    rows = (replace(ROWS[0], sampling=Sampling()), ROWS[1])
+    (out,) = compute(1).run([second_step(torch.ones(3, HIDDEN), rows=rows)], "w1")
+    end = decode(out.body)
+    assert out.ends
+    assert isinstance(end, StepDone)
+    assert [sampled.row for sampled in end.sampled] == [0]
+    assert end.route == ("w0", "w1")
+
+
+def test_a_step_of_which_all_rows_are_missed_ends_here_with_the_misses_of_all_stages() -> None:
+    earlier = Miss(row=9, epoch=0, stage=0, reason=MissReason.ROOM)
+    (out,) = compute(1, broken=True).run([second_step(torch.ones(3, HIDDEN), misses=(earlier,))], "w1")
+    end = decode(out.body)
+    assert isinstance(end, StepDone)
+    assert {miss.row for miss in end.misses} == {0, 1, 9}
+    assert out.computed == 0
+
+
+def test_a_tensor_that_can_not_be_read_costs_only_its_own_step() -> None:
+    wrong = second_step(torch.ones(3, HIDDEN + 1), misses=(Miss(row=9, epoch=0, stage=0, reason=MissReason.ROOM),))
+    right = replace(second_step(torch.ones(3, HIDDEN)), owner="other")
+    bad, good = compute(1).run([wrong, right], "w1")
+    assert bad.unreadable
+    assert not good.unreadable
+    end = decode(bad.body)
+    assert isinstance(end, StepDone)
+    assert {(miss.row, miss.reason) for miss in end.misses} == {
+        (0, MissReason.COMPUTE),
+        (1, MissReason.COMPUTE),
+        (9, MissReason.ROOM),
+    }
+
+
+def test_hidden_states_that_the_codec_can_not_carry_are_misses() -> None:
+    stage = compute(0, codec="int8")
+    run = stage.engine.run
+
+    def infinite(works: Any) -> Any:
+        return [replace(done, hidden=torch.full((3, HIDDEN), float("inf"))) for done in run(works)]
+
+    stage.engine.run = infinite  # type: ignore[method-assign]
+    (out,) = stage.run([first_step()], "w0")
+    assert out.ends
+    assert {miss.reason for miss in out.misses} == {MissReason.COMPUTE}
+
+
+def test_rows_that_are_released_are_forgotten_before_the_step_runs() -> None:
+    stage = compute(0)
+    stage.run([first_step()], "w0")
+    assert stage.engine.cached_rows == 2
+    row = Row(row=2, epoch=0, start=0, count=1, reserve=4)
+    stage.run([first_step(rows=(row,), tokens=(5,), release=((0, 0), (1, 0)))], "w0")
+    assert stage.engine.cached_rows == 1
