@@ -27,13 +27,12 @@ from mqinfer.openai_bodies import (
     sampling,
 )
 from mqinfer.plan import Plan
+from mqinfer.requests import check_logprobs
 from mqinfer.settings import BatchSettings
 from mqinfer.tokenizer import Tokenizer
 
 #: A longer line is refused unread.
 MAX_LINE_BYTES = 16 * 2**20
-#: Log-probabilities of one request at most, so that its result fits into a message.
-MAX_LOGPROBS = 100_000
 #: The keys of a line in OpenAI's batch format; every other line is in the short form.
 _LINE_KEYS = frozenset({"custom_id", "method", "url", "body"})
 
@@ -138,7 +137,7 @@ def _short_form(line: dict[str, Any]) -> tuple[str, Any]:
 def to_request(line: Line, *, job: str, plan: Plan, tokenizer: Tokenizer, settings: BatchSettings) -> Request:
     """Raises: RequestError where the model can't take it."""
     _check_model(line.body.model, plan)
-    _check_logprobs(line.body, settings)
+    check_logprobs(line.body.limit() or settings.max_tokens, line.body.alternatives())
     prompt = _prompt(line, tokenizer)
     room = plan.context_tokens - len(prompt)
     if not prompt:
@@ -235,12 +234,6 @@ class LineReader:
             return to_request(line, job=self._job, plan=self._plan, tokenizer=self._tokenizer, settings=self._settings)
         except RequestError as error:
             raise LineError(f"line {line.number}: {error}", line.custom_id) from None
-
-
-def _check_logprobs(body: ChatBody | CompletionBody, settings: BatchSettings) -> None:
-    entries = (body.limit() or settings.max_tokens) * (body.alternatives() + 1)
-    if entries > MAX_LOGPROBS:
-        raise RequestError(f"max_tokens × (alternatives + 1) is {entries}, more log-probabilities than {MAX_LOGPROBS}")
 
 
 def result_row(result: Result, token_text: TokenText) -> bytes:

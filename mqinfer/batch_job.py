@@ -62,6 +62,7 @@ class BatchJob:
         """Until every line has its row or `stop` is set. Raises: Refused; OSError or RequestError in a group."""
 
         async def session(transport: Transport) -> None:
+            self._flying = {number for number in self._flying if not self._rows.has(number, None)}
             producer = Producer(transport, Topology(self._plan.name), self._ticket.job)
             await producer.open()
             if self._abandoned:
@@ -85,7 +86,10 @@ class BatchJob:
                 await producer.forget()
                 self._ticket.remove()
 
-        await keep_linked("batch", connect, session, stop)
+        try:
+            await keep_linked("batch", connect, session, stop)
+        finally:
+            await self._rows.settle()
 
     async def _feed(self, producer: Producer) -> None:
         while True:
@@ -199,6 +203,7 @@ async def collect(job: str, rows: Rows, connect: Connect, stop: asyncio.Event, *
     async def session(transport: Transport) -> None:
         nonlocal whole
         producer = Producer(transport, topology, job)
+        rows.total = None  # it comes again over this link
         if await producer.waiting() is None:
             raise SettingsError(f"there is no job {job}: it was collected already, or never enqueued on this broker")
         await producer.listen(prefetch=COLLECT_PREFETCH)
@@ -210,11 +215,13 @@ async def collect(job: str, rows: Rows, connect: Connect, stop: asyncio.Event, *
             whole = ended.done() and ended.result()
             for task in (watch, ended, halt):
                 task.cancel()
-        if whole and rows.total is not None:
-            await rows.total.delivery.ack()
+        if whole:
             await producer.forget()
 
-    await keep_linked("results", connect, session, stop)
+    try:
+        await keep_linked("results", connect, session, stop)
+    finally:
+        await rows.settle()
     return whole
 
 

@@ -16,12 +16,12 @@ class OutputFile:
     """The results file, open for appending; what it held already is known."""
 
     def __init__(self, path: Path, *, retry_errors: bool = False, job: str = "") -> None:
-        """Repairs a torn last line; `job`: count only that job's rows.
+        """Repairs a torn last line; with `job`, no rows but that job's may stand there.
 
         Raises: SettingsError where the file can't be written or isn't ours.
         """
         self.path = path
-        self._counted = f"batch_req_{job}." if job else ""
+        self._prefix = f"batch_req_{job}." if job else ""
         #: Fingerprints of the custom_ids that have a row, and the numbers of lines without id that have one.
         self.ids: set[int] = set()
         self.lines: set[int] = set()
@@ -72,15 +72,17 @@ class OutputFile:
         try:
             row = json.loads(raw)
             custom_id, error = row["custom_id"], row["error"]
-            counts = str(row["id"]).startswith(self._counted)
+            ours = str(row["id"]).startswith(self._prefix)
         except (ValueError, TypeError, KeyError):
             raise SettingsError(
                 f"{self.path} has a line that is not a batch result: give -o another file, or remove this one"
             ) from None
+        if not ours:
+            raise SettingsError(f"{self.path} has rows of another job: give -o another file")
         if error and retry_errors:
             return False
-        self.failed += bool(error) and counts
-        self.answered += not error and counts
+        self.failed += bool(error)
+        self.answered += not error
         if custom_id is not None:
             self.ids.add(fingerprint(custom_id))
         elif error:
@@ -108,7 +110,7 @@ class Ticket:
         The second is the job of an earlier run with another plan or changed prompts, "" where there is none.
         """
         path = output.with_name(output.name + ".job")
-        fresh = cls(path, job, plan)
+        fresh = cls(path, job, plan, digest=lines_digest(prompts, 0))
         try:
             old = cls(path, **json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):

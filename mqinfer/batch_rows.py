@@ -90,6 +90,11 @@ class Rows:
         """Write error rows for lines that can't be asked for. Raises: OSError."""
         await asyncio.shield(self._write_refusals(refusals))
 
+    async def settle(self) -> None:
+        """Returns when no row is being written: then the file may be closed."""
+        async with self._writing:
+            return
+
     # A write goes on when its caller is cancelled, and the next one waits for it: what is noted as done is on disk.
 
     async def _write_results(self, results: Sequence[tuple[Tag, Result]]) -> None:

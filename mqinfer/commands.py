@@ -175,6 +175,8 @@ async def batch_over_broker(
     with contextlib.closing(OutputFile(output, retry_errors=retry_errors)) as file:
         rows = Rows(file, tokenizer.decode_token)
         ticket, abandoned = Ticket.beside(output, prompts, job=new_id("job"), plan=plan.digest)
+        if retry_errors:
+            ticket.enqueued = 0  # what failed is in nobody's hands
         reader = LineReader(prompts, ticket.job, plan, tokenizer, settings)
         batch = BatchJob(reader, rows, ticket, plan, window=settings.window, abandoned=abandoned)
         await _show(batch, rows, prompts, connecting(settings, "batch"), stop)
@@ -202,16 +204,16 @@ def _verdict(batch: BatchJob, rows: Rows, output: Path) -> int:
 
 
 async def detach(prompts: Path, settings: BatchSettings, model: str | None, *, stop: asyncio.Event) -> int:
-    """Enqueue all, print the job's id. The exit code."""
+    """Print the job's id, enqueue all. The exit code."""
     plan = read_plan(settings)
     tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
     job = new_id("job")
     progress = Progress(total=await asyncio.to_thread(count_lines, prompts))
     reader = LineReader(prompts, job, plan, tokenizer, settings)
     connect = connecting(settings, "batch")
+    console.out.print(job)  # first: whatever happens, what is enqueued can be collected
     async with console.job_progress(progress, "enqueueing"):
         whole = await enqueue_all(reader, plan, job, lambda: unless_stopped(stop, connect()), progress, stop)
-    console.out.print(job)
     if not whole:
         console.say(f"stopped after {progress.done} lines: the job is those")
     console.say(f"{progress.done} lines enqueued; collect with: mqinfer results {job} -o RESULTS.jsonl")

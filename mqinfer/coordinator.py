@@ -89,6 +89,7 @@ class CoordinatorSession:
         )
         self._held: dict[int, Held] = {}
         self._ids: set[str] = set()
+        self._finishing: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[tuple[Delivery, int]] = asyncio.Queue()
         self._leases = LeaseQueue(transport, self._topology.leases(self.id))
         self._intake = Intake(
@@ -202,7 +203,9 @@ class CoordinatorSession:
                 case Forget():
                     self._tasks.create_task(self._forget(decision))
                 case Ended():
-                    self._tasks.create_task(self._finish(decision))
+                    finishing = self._tasks.create_task(self._finish(decision))
+                    self._finishing.add(finishing)
+                    finishing.add_done_callback(self._finishing.discard)
                 case Replayed():
                     self._counts["replays"] += 1
                     self._counts["replayed_tokens"] += decision.lost_tokens
@@ -310,6 +313,8 @@ class CoordinatorSession:
         await asyncio.gather(*(self._give_back(held) for held in unfinished))
         for decision in self._scheduler.abandon_all():
             await self._forget(decision)
+        if self._finishing:  # while a result is not confirmed, its request must not go with the lease queue
+            await asyncio.wait(self._finishing)
         await self._leases.close()
         emit(COORDINATOR_DRAINED, given_back=given_back)
 

@@ -105,7 +105,7 @@ class LeaseQueue:
 
 
 class Intake:
-    """Takes requests, never more than `limit` held at once, renewed leases included.
+    """Takes requests until about `limit` (at most an eighth more) are held at once, renewed leases included.
 
     A subscription's prefetch bounds only its own deliveries, and a renewed lease no longer counts as one of
     them. So the intake works in rounds: `tune` opens a new one, with a prefetch of just what may still come,

@@ -13,6 +13,10 @@ from mqinfer.settings import CoordinatorSettings
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.wire import MAX_STEP_BYTES, encode
 
+#: Alternatives of one token, and log-probabilities of one request in all, so that messages can carry them.
+MAX_ALTERNATIVES = 20
+MAX_LOGPROBS = 100_000
+
 
 def limits(settings: CoordinatorSettings, plan: Plan) -> Limits:
     """How much may be in flight; a step's body stays within MAX_STEP_BYTES whatever the codec."""
@@ -68,8 +72,17 @@ def check_request(request: Request, plan: Plan) -> None:
         raise RequestError(f"the prompt has {len(request.prompt)} tokens, the model takes {plan.context_tokens}")
     if request.max_tokens < 1:
         raise RequestError("max_tokens must be at least 1")
+    check_logprobs(min(request.max_tokens, plan.context_tokens), request.sampling.logprobs)
     if not all(0 <= token < plan.vocab_size for token in (*request.prompt, *request.output)):
         raise RequestError("a token id is outside the model's vocabulary")
+
+
+def check_logprobs(max_tokens: int, alternatives: int) -> None:
+    """Raises: RequestError where a step's end or the result could not carry them all."""
+    if alternatives > MAX_ALTERNATIVES:
+        raise RequestError(f"{alternatives} alternatives for each token, at most {MAX_ALTERNATIVES} are given")
+    if max_tokens * (alternatives + 1) > MAX_LOGPROBS:
+        raise RequestError(f"max_tokens × (alternatives + 1) is more than {MAX_LOGPROBS} log-probabilities")
 
 
 def encoded(result: Result) -> bytes:

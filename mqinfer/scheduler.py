@@ -190,7 +190,7 @@ class Scheduler:
         replayed = Replayed(row, miss.reason, miss.detail, row.cached)
         row.epoch += 1
         row.cached = 0
-        row.alone = verdict is Verdict.REPLAY_ALONE
+        row.alone = row.failures >= MAX_FAILURES - 1
         row.fresh = verdict is not Verdict.REPLAY
         self.waiting.appendleft(row)
         return [replayed]
@@ -276,7 +276,7 @@ class Scheduler:
                 epoch=row.epoch,
                 start=row.cached,
                 count=count,
-                reserve=len(row.request.prompt) + row.request.max_tokens,
+                reserve=min(len(row.request.prompt) + row.request.max_tokens, self._plan.context_tokens),
                 sampling=row.request.sampling if row.cached + count == row.known else None,
             )
             for row, count in zip(rows, counts, strict=True)

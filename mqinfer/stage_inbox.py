@@ -25,6 +25,7 @@ class StageInbox:
         self._shared = shared
         self._subscription: Subscription | None = None
         self._returning: asyncio.Task[None] | None = None
+        self._closed = False
         self._tasks: asyncio.TaskGroup
         #: Later trips of microbatches that are cached here.
         self.own: deque[Delivery] = deque()
@@ -44,11 +45,16 @@ class StageInbox:
 
     async def stop_until(self, ready: Callable[[], bool]) -> None:
         """Leave the shared queue to others until `ready` says yes; a later call replaces an earlier one."""
-        await self.close()
-        self._returning = self._tasks.create_task(self._return(ready))
+        await self._leave()
+        if not self._closed:
+            self._returning = self._tasks.create_task(self._return(ready))
 
     async def close(self) -> None:
         """Leave the shared queue to others for good. What came already stays here."""
+        self._closed = True
+        await self._leave()
+
+    async def _leave(self) -> None:
         if self._returning is not None:
             self._returning.cancel()
             await asyncio.wait({self._returning})

@@ -12,11 +12,11 @@ import pytest
 from fakes import FakeTokenizer, continuation, make_plan
 from fleet import PATIENCE_S, Fleet
 
-from mqinfer.batch_files import LineReader
+from mqinfer.batch_files import LineReader, error_row
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
 from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
-from mqinfer.errors import SettingsError
+from mqinfer.errors import Disconnected, SettingsError
 from mqinfer.link import Connect
 from mqinfer.messages import Request
 from mqinfer.queues import Topology, new_id, results
@@ -209,20 +209,37 @@ async def test_a_detached_job_is_collected_by_whoever_knows_its_name(fleet: Flee
         await collect(job, rows, connect, asyncio.Event(), wait=True)
 
 
-async def test_a_collection_counts_only_its_own_rows(fleet: Fleet, tmp_path: Path) -> None:
+def test_a_file_with_the_rows_of_another_job_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.write_bytes(error_row(1, "a", "bad", code="x", row_id="job-1.1"))
+    OutputFile(output, job="job-1").close()
+    with pytest.raises(SettingsError, match="another job"):
+        OutputFile(output, job="job-2")
+
+
+async def test_a_collection_whose_link_is_lost_at_the_very_end_still_ends(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start(fleet)
-    output, connect = tmp_path / "out", connecting(fleet.url)
-    for prefix in ("a", "b"):
-        lines = [json.dumps({"custom_id": f"{prefix}{i}", "prompt": "x", "max_tokens": 3}) for i in range(20)]
-        (tmp_path / "p").write_text("\n".join(lines))
-        job = new_id("job")
-        reader = LineReader(tmp_path / "p", job, fleet.plan, TOKENIZER, BatchSettings())
-        await enqueue_all(reader, fleet.plan, job, connect, Progress(), asyncio.Event())
-        file = OutputFile(output, job=job)
-        rows = Rows(file, TOKENIZER.decode_token)
-        assert await asyncio.wait_for(collect(job, rows, connect, asyncio.Event(), wait=True), PATIENCE_S)
-        file.close()
-    assert set(answers(output)) == {f"{prefix}{i}" for prefix in "ab" for i in range(20)}
+    prompts, job, connect = write_prompts(tmp_path / "p", 5), new_id("job"), connecting(fleet.url)
+    reader = LineReader(prompts, job, fleet.plan, TOKENIZER, BatchSettings())
+    await enqueue_all(reader, fleet.plan, job, connect, Progress(), asyncio.Event())
+    file = OutputFile(tmp_path / "out", job=job)
+    rows, lost = Rows(file, TOKENIZER.decode_token), []
+    land = Rows.land
+
+    async def land_and_lose(self: Rows, arrivals: Any) -> list[int]:
+        numbers = await land(self, arrivals)
+        if not lost and self.progress.done == 5 and self.total is not None:
+            lost.append(True)
+            raise Disconnected
+        return numbers
+
+    monkeypatch.setattr(Rows, "land", land_and_lose)
+    assert await asyncio.wait_for(collect(job, rows, connect, asyncio.Event(), wait=True), PATIENCE_S)
+    file.close()
+    assert lost
+    check(fleet, tmp_path / "out", 5)
 
 
 async def test_a_prompts_file_that_was_changed_is_another_job(fleet: Fleet, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fakes import FakeTokenizer, make_plan
 
 from mqinfer.errors import RequestError
-from mqinfer.messages import FinishReason, Request, TokenLogprob
+from mqinfer.messages import FinishReason, Request, Sampling, TokenLogprob
 from mqinfer.requests import check_request, encoded, limits, refusal, result_of
 from mqinfer.rows import Ended, LiveRow
 from mqinfer.settings import CoordinatorSettings, load
@@ -32,6 +32,7 @@ def test_a_request_that_can_be_computed_passes() -> None:
         ({"prompt": ()}, "no tokens"),
         ({"prompt": (5,) * 20}, "20 tokens"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"sampling": Sampling(logprobs=49_152)}, "alternatives"),
         ({"prompt": (5, -1)}, "vocabulary"),
         ({"output": (PLAN.vocab_size,)}, "vocabulary"),
     ],

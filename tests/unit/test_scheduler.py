@@ -287,6 +287,21 @@ def test_a_row_that_made_progress_alone_is_no_suspect_any_more() -> None:
     assert not ring.sent[0].step.alone
 
 
+@pytest.mark.parametrize("reason", [MissReason.ROOM, MissReason.GONE, MissReason.CACHE])
+def test_a_suspect_stays_one_when_it_is_missed_for_no_fault_of_its_own(reason: MissReason) -> None:
+    ring = Ring()
+    ring.add(request("r"))
+    for why in (MissReason.LOST, MissReason.LOST, reason):
+        ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, why), 0.0))
+    assert ring.sent[0].step.alone
+
+
+def test_a_row_never_reserves_more_than_the_context() -> None:
+    ring = Ring()
+    ring.add(request("r", max_tokens=2**63 - 1))
+    assert ring.sent[0].step.rows[0].reserve == PLAN.context_tokens
+
+
 def test_a_request_that_has_all_its_tokens_already_ends_at_once() -> None:
     ring = Ring()
     ring.add(request("full", max_tokens=2, output=(10, 11)), request("stopped", max_tokens=9, output=(10, EOS)))
