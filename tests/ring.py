@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -30,6 +30,8 @@ class Text:
     row: int
     tokens: list[int]
     wanted: int
+    #: The request's own, whatever row it is.
+    seed: int
     joins: int = 0
     epoch: int = 0
     start: int = 0
@@ -68,8 +70,11 @@ def load(plan: Plan, folder: Path, kv_bytes: int = KV_BYTES) -> list[StageEngine
 class Ring:
     """Stages, and the rows that go round."""
 
-    def __init__(self, engines: Sequence[StageEngine], *, seed: int = 0, chunk: int = 256) -> None:
+    def __init__(
+        self, engines: Sequence[StageEngine], *, seed: int = 0, chunk: int = 256, sampling: Sampling | None = None
+    ) -> None:
         self.engines = engines
+        self.sampling = sampling or Sampling()
         self.random = Random(seed)
         self.chunk = chunk
         self.replays = 0
@@ -77,9 +82,9 @@ class Ring:
     def generate(
         self, prompts: Sequence[Sequence[int]], tokens: int, *, late: bool = False, trip: Trip | None = None
     ) -> list[list[int]]:
-        """Greedy continuations, all prompts together; `late` lets each join some steps after the one before."""
+        """Continuations, all prompts together; `late` lets each join some steps after the one before."""
         texts = [
-            Text(row, list(prompt), len(prompt) + tokens, joins=2 * row if late else 0)
+            Text(row, list(prompt), len(prompt) + tokens, seed=hash(tuple(prompt)) % 2**62, joins=2 * row * late)
             for row, prompt in enumerate(prompts)
         ]
         for tick in range(1000):
@@ -126,7 +131,7 @@ class Ring:
                     start=text.start,
                     count=end - text.start,
                     reserve=text.wanted,
-                    sampling=Sampling() if end == len(text.tokens) else None,
+                    sampling=replace(self.sampling, seed=text.seed) if end == len(text.tokens) else None,
                 )
             )
             tokens += text.tokens[text.start : end]

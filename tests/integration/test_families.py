@@ -12,6 +12,7 @@ from families import CANDIDATES, TINY, Tiny, save
 from ring import CUTS, Ring, load, plan_of, prompts_of, reference
 
 from mqinfer.families import VERIFIED
+from mqinfer.messages import Sampling
 from mqinfer.stage_engine import StageEngine
 
 TOKENS = 8
@@ -86,3 +87,14 @@ def test_rows_replayed_from_their_tokens_equal_generate(case: Case, three: list[
     assert ring.generate(case.prompts, TOKENS, late=True, trip=Ring.trip_with_losses) == case.expected
     assert ring.replays > 0
     assert all(engine.kv_used_bytes == 0 for engine in three)
+
+
+def test_drawn_tokens_are_the_same_whatever_else_is_in_the_batch(case: Case, three: list[StageEngine]) -> None:
+    sampling = Sampling(temperature=0.9, top_k=60, top_p=0.95)
+    alone = [Ring(three, sampling=sampling).generate([prompt], TOKENS)[0] for prompt in case.prompts]
+    assert alone != case.expected, "they are to be drawn"
+    mixed = Ring(three, seed=4, chunk=7, sampling=sampling)
+    assert mixed.generate(case.prompts, TOKENS, late=True) == alone
+    replayed = Ring(three, seed=5, chunk=16, sampling=sampling)
+    assert replayed.generate(case.prompts, TOKENS, late=True, trip=Ring.trip_with_losses) == alone
+    assert replayed.replays > 0
