@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import functools
 import socket
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mqinfer import __version__
 from mqinfer.errors import RequestError, SettingsError, Unroutable, WireError
 from mqinfer.leases import Intake, Lease, LeaseQueue
-from mqinfer.link import Connect, bury, keep_linked, publish_declared
+from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone
 from mqinfer.observe import (
     COORDINATOR_DRAINED,
@@ -140,7 +139,7 @@ class CoordinatorSession:
                     await self._admit(message, delivery, round_)
                 case StepDone():
                     await delivery.ack()
-                    self._perform(self._scheduler.done(message, time.monotonic()))
+                    self._perform(self._scheduler.done(message, now_s()))
                 case Ask():
                     await delivery.ack()
                     self._tasks.create_task(self._report(message))
@@ -158,7 +157,7 @@ class CoordinatorSession:
         except SettingsError as error:  # there is nowhere to send even a failure
             await bury(self._transport, self._topology.dead, delivery, f"the job: {error}")
             return
-        lease = Lease(delivery, round_, time.monotonic())
+        lease = Lease(delivery, round_, now_s())
         try:
             check_request(request, self._plan)
         except RequestError as error:
@@ -167,7 +166,7 @@ class CoordinatorSession:
         self._ids.add(request.id)
         row, ended = self._scheduler.add(request)
         self._held[row.number] = Held(row, lease, len(request.output))
-        self._perform([*ended, *self._scheduler.form(time.monotonic())])
+        self._perform([*ended, *self._scheduler.form(now_s())])
 
     async def _refuse(self, request: Request, lease: Lease, why: str) -> None:
         emit(REQUEST_REFUSED, request=request.id, error=why)
@@ -181,7 +180,7 @@ class CoordinatorSession:
             id=self.id,
             host=socket.gethostname(),
             stage=-1,
-            clock_s=time.monotonic(),
+            clock_s=now_s(),
             values={
                 "rows": len(self._scheduler.rows),
                 "waiting": len(self._scheduler.waiting),
@@ -225,7 +224,7 @@ class CoordinatorSession:
         try:
             await self._transport.publish(send.queue, body)
         except Unroutable:
-            self._perform(self._scheduler.unsent(send.step.microbatch, send.queue, time.monotonic()))
+            self._perform(self._scheduler.unsent(send.step.microbatch, send.queue, now_s()))
 
     async def _forget(self, forget: Forget) -> None:
         with contextlib.suppress(Unroutable):
@@ -267,17 +266,17 @@ class CoordinatorSession:
                     await self._transport.publish(queue, probe)
                 except Unroutable:
                     emit(WORKER_GONE, queue=queue)
-                    self._perform(self._scheduler.gone(queue, time.monotonic()))
+                    self._perform(self._scheduler.gone(queue, now_s()))
             for stage in range(len(self._plan.stages)):
                 state = await self._transport.inspect(self._topology.stage(stage).name)
                 self._scheduler.consumers[stage] = state.consumers if state else 0
-            self._perform(self._scheduler.overdue(time.monotonic()))
-            self._perform(self._scheduler.form(time.monotonic()))
+            self._perform(self._scheduler.overdue(now_s()))
+            self._perform(self._scheduler.form(now_s()))
 
     async def _keep_leases(self) -> None:
         while True:
             await asyncio.sleep(LEASE_ROUND_S)
-            due = [held for held in self._held.values() if self._due(held, time.monotonic())]
+            due = [held for held in self._held.values() if self._due(held, now_s())]
             if not due:
                 continue
             await self._intake.pause()
@@ -296,7 +295,7 @@ class CoordinatorSession:
         kept = await self._leases.renew(
             held.lease,
             lambda: row.checkpoint() if row.number in self._scheduler.rows else None,
-            time.monotonic(),
+            now_s(),
         )
         if kept is not None:
             held.kept_tokens = len(kept.output)

@@ -74,6 +74,10 @@ class KVCache:
 
     # -- asking --------------------------------------------------------------------------------
 
+    def keys(self) -> list[Key]:
+        """(owner, row) of every row that is here."""
+        return list(self._entries)
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one position of one row takes."""

@@ -7,7 +7,6 @@ a new one: what it held is with others by then.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -26,6 +25,11 @@ BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 10.0
 
 
+def now_s() -> float:
+    """The event loop's clock: monotonic, and the only one that an actor measures deadlines and durations by."""
+    return asyncio.get_running_loop().time()
+
+
 async def keep_linked(
     actor: str, connect: Connect, session: Callable[[Transport], Awaitable[None]], stop: asyncio.Event
 ) -> None:
@@ -39,7 +43,7 @@ async def keep_linked(
     short = 0
     while transport is not None:
         emit(LINK_OPENED, actor=actor)
-        began_s = time.monotonic()
+        began_s = now_s()
         try:
             await session(transport)
             return
@@ -49,7 +53,7 @@ async def keep_linked(
             emit(LINK_LOST, actor=actor, error=str(first(group)))
         finally:
             await transport.close()
-        short = 0 if time.monotonic() - began_s > BACKOFF_MOST_S else short + 1
+        short = 0 if now_s() - began_s > BACKOFF_MOST_S else short + 1
         transport = await _unless(stop, _reopen(connect, pause_s=_backoff_s(short)))
 
 

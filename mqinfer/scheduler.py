@@ -40,9 +40,9 @@ class Scheduler:
     # -- facts ---------------------------------------------------------------------------------
 
     @property
-    def workers(self) -> set[str]:
-        """Queues of all workers on live routes."""
-        return {queue for microbatch in self.microbatches.values() for queue in microbatch.route}
+    def workers(self) -> list[str]:
+        """Queues of all workers on live routes, each once."""
+        return list(dict.fromkeys(queue for microbatch in self.microbatches.values() for queue in microbatch.route))
 
     def target(self) -> int:
         """How many microbatches there should be."""

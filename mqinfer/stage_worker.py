@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
-from mqinfer.link import Connect, bury, keep_linked, publish_declared
+from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step
 from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
 from mqinfer.plan import Plan
@@ -179,8 +178,8 @@ class WorkerSession:
         if step.plan != self._plan.digest:
             await self._give_up(step, MissReason.PLAN, f"a worker of plan {self._plan.digest}")
             # Of another plan, they or we: keep from swallowing what a worker of the right one could do.
-            until_s = time.monotonic() + PLAN_PAUSE_S
-            await self._inbox.stop_until(lambda: time.monotonic() > until_s)
+            until_s = now_s() + PLAN_PAUSE_S
+            await self._inbox.stop_until(lambda: now_s() > until_s)
             raise PlanMismatch(f"made for plan {step.plan}, this worker serves {self._plan.digest}")
         if step.stage != self._stage or len(step.route) < self._stage:
             raise WireError(f"a step for stage {step.stage} with a route of {len(step.route)} at stage {self._stage}")
@@ -204,10 +203,10 @@ class WorkerSession:
     # -- computing and publishing --------------------------------------------------------------
 
     async def _run(self, taken: Sequence[Taken]) -> None:
-        began_s = time.monotonic()
+        began_s = now_s()
         steps = [item.step for item in taken]
         outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing)
-        self._count(steps, time.monotonic() - began_s)
+        self._count(steps, now_s() - began_s)
         await self._publishing.acquire()
         self._tasks.create_task(self._publish(taken, outgoing))
 
@@ -268,10 +267,9 @@ class WorkerSession:
         self._closing = True
         await self._inbox.close()
         await self._give_back(self._inbox.shared)
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self._settings.drain_s
-        alarm = loop.call_at(deadline_s, self._inbox.arrived.set)
-        await self._work_until(lambda: loop.time() >= deadline_s or (self._compute.is_empty and not self._inbox.own))
+        deadline_s = now_s() + self._settings.drain_s
+        alarm = asyncio.get_running_loop().call_at(deadline_s, self._inbox.arrived.set)
+        await self._work_until(lambda: now_s() >= deadline_s or (self._compute.is_empty and not self._inbox.own))
         alarm.cancel()
         emit(WORKER_DRAINED, given_back=await self._give_back(self._inbox.own))
 
@@ -307,7 +305,7 @@ class WorkerSession:
             id=self.id,
             host=socket.gethostname(),
             stage=self._stage,
-            clock_s=time.monotonic(),
+            clock_s=now_s(),
             values={
                 "unacknowledged": len(self._inbox.own) + len(self._inbox.shared),
                 "kv_used_bytes": engine.kv_used_bytes,

@@ -1,8 +1,8 @@
 """Links to a broker inside the process: for trying things out, for one machine and for tests.
 
 All links of one name in one event loop share a broker, which ends with the loop. What the broker does with messages
-is memory_broker.py's. Nothing may live here that the contract in base.py does not have, but for `lose` and `drop`,
-with which tests take a link or a broker away.
+is memory_broker.py's. Nothing may live here that the contract in base.py does not have, but for `lose`, `restart` and
+`drop`, with which tests take a link or a broker away.
 """
 
 from __future__ import annotations
@@ -29,6 +29,14 @@ def open_memory(name: str) -> MemoryTransport:
     link = MemoryTransport(_brokers[name])
     _links.add(link)
     return link
+
+
+def restart(name: str) -> None:
+    """Do to the broker what a restart does: its links are lost, and only persistent messages stay."""
+    broker = _brokers[name]
+    for link in [link for link in _links if link.broker is broker]:
+        link.end(Disconnected("the broker was restarted"))
+    broker.restart()
 
 
 def drop(name: str) -> None:
@@ -85,7 +93,7 @@ class MemorySubscription:
         self._link = link
         self._sink = sink
         self._consumer = Consumer(prefetch=prefetch, on_message=self._take, on_evicted=self._evicted)
-        link.subscriptions.add(self)
+        link.subscriptions[self] = None
         queue.consumers.append(self._consumer)
         queue.touch()
         queue.wake()
@@ -98,7 +106,7 @@ class MemorySubscription:
     def leave(self) -> None:
         """Take no more turns; twice is harmless."""
         if self in self._link.subscriptions:
-            self._link.subscriptions.remove(self)
+            del self._link.subscriptions[self]
             self.queue.consumers.remove(self._consumer)
             self.queue.touch()
 
@@ -130,7 +138,7 @@ class MemoryTransport:
         self.broker = broker
         #: What the sinks got and nobody settled, in the order of delivery.
         self.unsettled: dict[MemoryDelivery, None] = {}
-        self.subscriptions: set[MemorySubscription] = set()
+        self.subscriptions: dict[MemorySubscription, None] = {}
         self._ended = asyncio.Event()
         self._loss: Disconnected | None = None
 
@@ -144,7 +152,7 @@ class MemoryTransport:
         queue: str,
         body: bytes,
         *,
-        persistent: bool = False,  # noqa: ARG002  nothing outlives the event loop
+        persistent: bool = False,
         priority: int = 0,
         ttl_s: float | None = None,
         headers: Mapping[str, str] | None = None,
@@ -152,7 +160,7 @@ class MemoryTransport:
         """See base.Transport."""
         self.check()
         kept = MappingProxyType(dict(headers or {}))
-        message = Message(body=bytes(body), headers=kept, priority=priority, ttl_s=ttl_s)
+        message = Message(body=bytes(body), headers=kept, persistent=persistent, priority=priority, ttl_s=ttl_s)
         if not self.broker.route(queue, message):
             raise Unroutable(f"the queue {queue} does not exist")
         await asyncio.sleep(0)  # others get their turn, as they do while a real broker confirms

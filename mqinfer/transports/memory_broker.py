@@ -23,6 +23,8 @@ class Message:
 
     body: bytes
     headers: Mapping[str, str]
+    #: Outlives a restart of the broker.
+    persistent: bool = False
     priority: int = 0
     ttl_s: float | None = None
     #: Clock of the event loop; set when it enters a queue, and not again when it comes back.
@@ -96,6 +98,12 @@ class Queue:
         self.ready.clear()
         return removed
 
+    def forget_transient(self) -> None:
+        """Only what is persistent stays."""
+        self.ready = [(place, message) for place, message in self.ready if message.persistent]
+        heapq.heapify(self.ready)
+        self.wake()
+
     def end(self) -> None:
         """The queue is removed: no timer fires any more and its consumers learn of it."""
         self.gone = True
@@ -146,7 +154,8 @@ class Broker:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._queues: dict[str, Queue] = {}
-        self._exchanges: dict[str, set[str]] = {}
+        #: By exchange; the queues in the order of binding.
+        self._exchanges: dict[str, dict[str, None]] = {}
 
     def declare(self, spec: QueueSpec, owner: object) -> None:
         """Make the queue for this link. Raises: Refused if it differs or is another link's."""
@@ -157,8 +166,12 @@ class Broker:
         if replace(queue.spec, fanout=None) != replace(spec, fanout=None):
             raise Refused(f"the queue {spec.name} is there with other properties")
         if spec.fanout is not None:
-            self._exchanges.setdefault(spec.fanout, set()).add(spec.name)
+            self._exchanges.setdefault(spec.fanout, {})[spec.name] = None
         queue.touch()
+
+    def queues(self) -> list[Queue]:
+        """All queues there are, the oldest first."""
+        return list(self._queues.values())
 
     def find(self, name: str, asker: object) -> Queue | None:
         """The queue, for any use but publishing. Raises: Refused where another link owns it."""
@@ -176,17 +189,25 @@ class Broker:
 
     def fan_out(self, exchange: str, message: Message) -> None:
         """Put a copy into every queue bound to the exchange."""
-        for name in self._exchanges.get(exchange, ()):
+        for name in list(self._exchanges.get(exchange, ())):
             self.route(name, replace(message))
 
     def remove(self, queue: Queue) -> int:
         """Remove the queue; how many ready messages went with it."""
         self._queues.pop(queue.spec.name, None)
         for names in self._exchanges.values():
-            names.discard(queue.spec.name)
+            names.pop(queue.spec.name, None)
         removed = queue.clear()
         queue.end()
         return removed
+
+    def restart(self) -> None:
+        """Keep what outlives a restart: persistent messages in durable queues. Every link has ended before."""
+        for queue in list(self._queues.values()):
+            if queue.spec.durable:
+                queue.forget_transient()
+            else:
+                self.remove(queue)
 
     def remove_owned(self, owner: object) -> None:
         """Remove the exclusive queues of a link that has ended."""

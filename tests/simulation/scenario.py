@@ -1,0 +1,177 @@
+"""What a seed stands for: the fleet, the load, the weather and the faults of one run. Data, drawn here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from simulation.network import Weather
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One line of a job."""
+
+    length: int
+    max_tokens: int
+    #: "raises" or "kills": what computing it does to a worker, every time, once it is so many positions long.
+    poison: str = ""
+    poison_at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A batch that a producer asks for."""
+
+    prompts: Sequence[Prompt]
+    starts_s: float
+    window: int
+    #: Its owner kills it and deletes its results queue; None: never.
+    cancelled_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something that is done to the run at that moment; `target` picks whom, `number` says how much."""
+
+    kind: str
+    at_s: float
+    target: float
+    number: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One run."""
+
+    seed: int
+    #: Seconds per forward of each worker, by stage.
+    workers: Sequence[Sequence[float]]
+    coordinators: int
+    jobs: Sequence[Job]
+    weather: Weather
+    faults: Sequence[Fault]
+    #: When the last fault is over: then everything is mended.
+    healed_s: float
+    budget_tokens: int
+    rows: int
+    microbatch_rows: int
+    step_tokens: int
+    open_trips: int
+    checkpoint_s: float
+    lease_s: float
+    probe_s: float
+    step_timeout_s: float
+    idle_s: float
+    drain_s: float
+    codec: str
+
+
+#: What is done, and how likely it is in one draw.
+FAULTS: dict[str, float] = {
+    "kill worker": 4,
+    "kill coordinator": 3,
+    "kill producer": 2,
+    "kill all coordinators": 0.5,
+    "drain worker": 2,
+    "drain coordinator": 1.5,
+    "stop producer": 1,
+    "pause": 3,
+    "cut link": 3,
+    "stall link": 2,
+    "crash broker": 1.5,
+    "alarm": 1,
+    "evict": 3,
+    "delete queue": 0.5,
+    "garbage": 1,
+    "out of memory": 1,
+}
+
+
+def draw(seed: int) -> Scenario:
+    """The scenario of a seed."""
+    random = Random(f"scenario {seed}")
+    stages = random.choice((1, 2, 2, 3, 3, 4, 5, 6))
+    heartbeat_s = random.choice((2.0, 5.0))
+    faulty_s = random.uniform(4, 25)
+    faults = _faults(random, faulty_s)
+    longest_s = max((f.number for f in faults if f.kind in ("pause", "alarm", "crash broker")), default=0.0)
+    impatient = random.random() < 0.2 and not any(fault.kind == "alarm" for fault in faults)
+    timeout_s = random.uniform(4, 8) if impatient else None
+    step_timeout_s = random.uniform(6, 30)
+    return Scenario(
+        seed=seed,
+        workers=[_workers(random) for _ in range(stages)],
+        coordinators=random.choice((1, 1, 2, 2, 3)),
+        jobs=_jobs(random, faulty_s),
+        weather=_weather(random, heartbeat_s, timeout_s),
+        faults=faults,
+        healed_s=faulty_s + longest_s,
+        budget_tokens=random.choice((128, 256, 1024, 4096)),
+        rows=random.choice((2, 4, 8, 32)),
+        microbatch_rows=random.choice((1, 3, 8, 16)),
+        step_tokens=random.choice((4, 16, 256)),
+        open_trips=random.choice((4, 256)),
+        checkpoint_s=random.choice((0.3, 1.0, 5.0)),
+        lease_s=min(random.choice((1.0, 3.0, 30.0)), timeout_s / 4 if timeout_s else 30.0),
+        probe_s=random.choice((1.0, 2.0)),
+        step_timeout_s=step_timeout_s,
+        idle_s=step_timeout_s + random.uniform(5, 20),
+        drain_s=random.choice((0.0, 1.0, 5.0)),
+        codec=random.choice(("raw", "raw", "raw", "lossless")),
+    )
+
+
+def _workers(random: Random) -> list[float]:
+    count = random.choice((1, 1, 1, 2, 2, 3, 4))
+    return [random.uniform(0.02, 0.3) * random.choice((1, 1, 3)) for _ in range(count)]
+
+
+def _jobs(random: Random, faulty_s: float) -> list[Job]:
+    jobs = []
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
+        prompts = [_prompt(random) for _ in range(random.randint(1, 8))]
+        starts_s = random.uniform(0, faulty_s / 2)
+        cancelled_s = starts_s + random.uniform(0, faulty_s / 2) if random.random() < 0.1 else None
+        jobs.append(Job(prompts, starts_s, random.choice((2, 8, 64)), cancelled_s))
+    return jobs
+
+
+def _prompt(random: Random) -> Prompt:
+    length, max_tokens = random.randint(1, random.choice((4, 12, 30))), random.randint(1, random.choice((3, 8, 16)))
+    poison = random.choice(("raises", "kills")) if random.random() < 0.01 else ""
+    return Prompt(length, max_tokens, poison, random.randint(0, length + max_tokens - 2))
+
+
+def _weather(random: Random, heartbeat_s: float, consumer_timeout_s: float | None) -> Weather:
+    rough = random.random() < 0.5
+    return Weather(
+        latency_s=random.choice((0.0005, 0.002, 0.05)),
+        late=random.choice((0.0, 0.01)) if rough else 0.0,
+        reordered=random.choice((0.0, 0.01, 0.05)) if rough else 0.0,
+        duplicated=random.choice((0.0, 0.01, 0.05)) if rough else 0.0,
+        heartbeat_s=heartbeat_s,
+        timeout_s=random.uniform(3, 10),
+        consumer_timeout_s=consumer_timeout_s,
+        forgets_new_queues=random.random() < 0.2,
+    )
+
+
+def _faults(random: Random, faulty_s: float) -> list[Fault]:
+    kinds = list(FAULTS)
+    weights = [FAULTS[kind] for kind in kinds]
+    count = random.choice((0, 1, 2, 3, 4, 6))
+    drawn = random.choices(kinds, weights, k=count)
+    length: dict[str, Callable[[], float]] = {
+        "pause": lambda: random.choice((0.5, 3.0, 8.0, 20.0)) * random.uniform(0.5, 1.5),
+        "alarm": lambda: random.uniform(0.5, 15),
+        "crash broker": lambda: random.uniform(0.2, 6),
+    }
+    return sorted(
+        (
+            Fault(kind, random.uniform(0, faulty_s), random.random(), length.get(kind, random.random)())
+            for kind in drawn
+        ),
+        key=lambda fault: fault.at_s,
+    )
