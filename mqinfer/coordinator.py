@@ -47,7 +47,9 @@ class Held:
 
     row: LiveRow
     lease: Lease
+    #: What its checkpoint has.
     kept_tokens: int
+    kept_failures: int
 
 
 class Coordinator:
@@ -165,7 +167,7 @@ class CoordinatorSession:
             return
         self._ids.add(request.id)
         row, ended = self._scheduler.add(request)
-        self._held[row.number] = Held(row, lease, len(request.output))
+        self._held[row.number] = Held(row, lease, len(request.output), request.failures)
         self._perform([*ended, *self._scheduler.form(now_s())])
 
     async def _refuse(self, request: Request, lease: Lease, why: str) -> None:
@@ -284,11 +286,11 @@ class CoordinatorSession:
             await self._tune()
 
     def _due(self, held: Held, now_s: float) -> bool:
+        """Blame is kept at once: a row that kills must not begin afresh with every coordinator."""
         age_s = now_s - held.lease.renewed_at_s
-        grown = len(held.row.output) > held.kept_tokens
-        return held.row.number in self._scheduler.rows and (
-            age_s >= self._settings.lease_s or (grown and age_s >= self._settings.checkpoint_s)
-        )
+        grown = len(held.row.output) > held.kept_tokens and age_s >= self._settings.checkpoint_s
+        blamed = held.row.failures > held.kept_failures
+        return held.row.number in self._scheduler.rows and (blamed or grown or age_s >= self._settings.lease_s)
 
     async def _renew(self, held: Held) -> None:
         row = held.row
@@ -298,7 +300,7 @@ class CoordinatorSession:
             now_s(),
         )
         if kept is not None:
-            held.kept_tokens = len(kept.output)
+            held.kept_tokens, held.kept_failures = len(kept.output), kept.failures
 
     async def _tune(self) -> None:
         of_round = sum(1 for held in self._held.values() if held.lease.round == self._intake.round)

@@ -59,6 +59,9 @@ class Oracle:
     poison_kills: Counter[str] = field(default_factory=Counter)
     #: Workers that went without a word, but for those that a poison killed: each may be held against its rows.
     deaths: int = 0
+    coordinators_lost: int = 0
+    #: Messages that the network brought twice: each may kill once more.
+    duplicates: int = 0
     #: How often a request was published anew to `requests`, or came back twice: each copy is a lease by right.
     copies: Counter[str] = field(default_factory=Counter)
     #: Stands for all messages that entered a queue.
@@ -166,7 +169,8 @@ class Oracle:
     def judge_poison(self) -> None:
         """A row that kills takes no more than three workers with it for each time it was asked."""
         for request, kills in self.poison_kills.items():
-            allowed = DEATHS_TO_BLAME * max(self.copies[request], 1)
+            begun = max(self.copies[request], 1) + self.coordinators_lost  # what was not kept yet is forgotten
+            allowed = DEATHS_TO_BLAME * begun + self.duplicates
             if kills > allowed:
                 self.complain(f"{request} killed {kills} workers")
 

@@ -16,7 +16,7 @@ from simulation.model import FIRST_TOKEN, VOCABULARY, SimEngine, SimModel, Truth
 from simulation.network import Network, SimTransport
 from simulation.oracle import Oracle, Poison
 from simulation.scenario import Job, Scenario
-from simulation.virtual import PROCESS, Process, State, Task, VirtualLoop
+from simulation.virtual import PROCESS, Process, State, VirtualLoop
 
 from mqinfer.coordinator import Coordinator, CoordinatorSession
 from mqinfer.errors import Refused
@@ -24,7 +24,7 @@ from mqinfer.queues import Topology
 from mqinfer.settings import CoordinatorSettings, WorkerSettings
 from mqinfer.stage_compute import StageCompute
 from mqinfer.stage_inbox import OWN_PREFETCH
-from mqinfer.stage_worker import StageWorker, WorkerSession
+from mqinfer.stage_worker import IDLE_ROUND_S, StageWorker, WorkerSession
 
 #: When everything is mended, all jobs are done within this: four looks of a stalled batch, leases, replays.
 PATIENCE_S = 1200.0
@@ -209,6 +209,7 @@ class World:
         if actor in self.actors["worker"] and not link.closed_in_order and not actor.poisoned:
             self.oracle.deaths += 1
         if actor in self.actors["coordinator"]:
+            self.oracle.coordinators_lost += not link.closed_in_order
             self.oracle.leases_lost([delivery.body for delivery in link.server.unsettled])
 
     def _unhandled(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -234,7 +235,8 @@ class World:
         await asyncio.sleep(self.scenario.healed_s)
         self.network.calm_weather()
         await self._until(lambda: all(a.retired for a in self.actors["producer"]), PATIENCE_S, "jobs are not done")
-        await asyncio.sleep(2 * self.scenario.idle_s + 10)
+        # A step that was given up may be computed until it expires; what that leaves is forgotten when idle.
+        await asyncio.sleep(self.scenario.step_timeout_s + self.scenario.idle_s + 2 * IDLE_ROUND_S)
         self._judge_idle()
         actors = [*self.actors["coordinator"], *self.actors["worker"]]
         for actor in actors:
@@ -279,7 +281,7 @@ class World:
                 self.oracle.complain(f"{actor.name} still holds {len(actor.session._held)} leases")
         for actors in self.actors.values():
             for actor in actors:
-                tasks = [t for t in asyncio.all_tasks(self.loop) if isinstance(t, Task) and t.process is actor.process]
+                tasks = [task for task in self.loop.tasks if task.process is actor.process and not task.done()]
                 if actor.lives and len(tasks) > MOST_IDLE_TASKS:
                     self.oracle.complain(f"{actor.name} has {len(tasks)} tasks when idle")
 
@@ -296,13 +298,14 @@ class World:
         for names, disk, job in zip(self.asked, self.disks, self.scenario.jobs, strict=True):
             if job.cancelled_s is None:
                 self.oracle.judge_rows(names, disk.rows)
+        self.oracle.duplicates = self.network.duplicates
         self.oracle.judge_leases()
         self.oracle.judge_poison()
 
     def _is_cancelled(self, queue: str) -> bool:
         """Whether it has the results of a job that its owner gave up."""
         jobs = zip(self.scenario.jobs, self.disks, strict=True)
-        return any(job.cancelled_s is not None and queue.endswith(str(disk.ticket.get("job"))) for job, disk in jobs)
+        return any(job.cancelled_s is not None and queue.rpartition(".")[2] in disk.jobs for job, disk in jobs)
 
 
 def _told(error: BaseException | None) -> str:
