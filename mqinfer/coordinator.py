@@ -17,7 +17,7 @@ from mqinfer import __version__
 from mqinfer.errors import RequestError, SettingsError, Unroutable, WireError
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
-from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone
+from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone, StepTaken
 from mqinfer.observe import (
     COORDINATOR_DRAINED,
     REQUEST_ENDED,
@@ -139,6 +139,9 @@ class CoordinatorSession:
             match message:
                 case Request():
                     await self._admit(message, delivery, round_)
+                case StepTaken():
+                    await delivery.ack()
+                    self._scheduler.taken(message)
                 case StepDone():
                     await delivery.ack()
                     self._perform(self._scheduler.done(message, now_s()))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from mqinfer import batching
 from mqinfer.batching import Limits, Pending
-from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, Step, StepDone
+from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, Step, StepDone, StepTaken
 from mqinfer.plan import Plan
 from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
 from mqinfer.verdicts import BLAMED, MAX_FAILURES, Verdict, decide, explain
@@ -41,8 +41,8 @@ class Scheduler:
 
     @property
     def workers(self) -> list[str]:
-        """Queues of all workers on live routes, each once."""
-        return list(dict.fromkeys(queue for microbatch in self.microbatches.values() for queue in microbatch.route))
+        """Queues of all workers that hold rows of ours, each once."""
+        return list(dict.fromkeys(queue for microbatch in self.microbatches.values() for queue in microbatch.workers))
 
     def target(self) -> int:
         """How many microbatches there should be."""
@@ -89,6 +89,12 @@ class Scheduler:
             decisions += self._open(rows, now_s)
         return decisions
 
+    def taken(self, step: StepTaken) -> None:
+        """A worker has begun with a step on its first trip."""
+        microbatch = self.microbatches.get(step.microbatch)
+        if microbatch is not None and step.number == microbatch.step and not microbatch.route:
+            microbatch.takers.append(step.worker)
+
     def done(self, end: StepDone, now_s: float) -> list[Decision]:
         """A trip has ended. A stale one (of an older step, of a microbatch that is no more) changes nothing."""
         microbatch = self.microbatches.get(end.microbatch)
@@ -98,6 +104,7 @@ class Scheduler:
             return []
         if len(end.route) > len(microbatch.route):
             microbatch.route = end.route
+            microbatch.takers.clear()
         microbatch.closed |= end.closing
         missed = {miss.row: miss for miss in end.misses}
         drawn = {sampled.row: sampled for sampled in end.sampled}
@@ -113,12 +120,13 @@ class Scheduler:
     def gone(self, queue: str, now_s: float) -> list[Decision]:
         """The worker behind `queue` no longer exists: what it may have held is replayed.
 
-        Which of them it was computing is not known (see `_blame`); a first trip goes over shared queues, where
-        the broker's redelivery shows exactly what a worker died with.
+        Which of them it was computing is not known (see `_blame`), but for a first trip that it was the last to take:
+        there the broker's redelivery would show the same, once a peer takes it.
         """
         decisions: list[Decision] = []
-        for microbatch in [m for m in self.microbatches.values() if queue in m.route]:
-            decisions += self._abandon(microbatch, MissReason.LOST, "the worker is gone", without=queue)
+        for microbatch in [m for m in self.microbatches.values() if queue in m.workers]:
+            held_at = microbatch.held_at(queue)
+            decisions += self._abandon(microbatch, MissReason.LOST, "the worker is gone", without=queue, stage=held_at)
         return decisions + self.form(now_s)
 
     def unsent(self, microbatch: int, queue: str, now_s: float) -> list[Decision]:
@@ -283,10 +291,12 @@ class Scheduler:
             if count
         )
 
-    def _abandon(self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "") -> list[Decision]:
+    def _abandon(
+        self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "", stage: int = -1
+    ) -> list[Decision]:
         decisions: list[Decision] = []
         for row in list(microbatch.rows):
-            miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=reason, detail=detail)
+            miss = Miss(row=row.number, epoch=row.epoch, stage=stage, reason=reason, detail=detail)
             decisions += self._give_up(microbatch, row, miss)
         return decisions + self._close(microbatch, without=without)
 
@@ -304,4 +314,4 @@ class Scheduler:
         if not microbatch.released:
             return []
         release = Release(plan=self._plan.digest, owner=self._owner, rows=tuple(microbatch.released))
-        return [Forget(queue, release) for queue in dict.fromkeys(microbatch.route)]
+        return [Forget(queue, release) for queue in dict.fromkeys(microbatch.workers)]

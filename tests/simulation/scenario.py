@@ -115,7 +115,7 @@ def draw(seed: int) -> Scenario:
         open_trips=random.choice((4, 256)),
         checkpoint_s=random.choice((0.3, 1.0, 5.0)),
         lease_s=min(random.choice((1.0, 3.0, 30.0)), timeout_s / 6 if timeout_s else 30.0),
-        probe_s=random.choice((1.0, 2.0, 4.0)),
+        probe_s=random.choice((0.5, 1.0, 2.0)),
         step_timeout_s=step_timeout_s,
         idle_s=step_timeout_s + random.uniform(1, 4),
         drain_s=random.choice((0.0, 1.0, 5.0)),

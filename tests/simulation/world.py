@@ -235,6 +235,7 @@ class World:
         await asyncio.sleep(self.scenario.healed_s)
         self.network.calm_weather()
         await self._until(lambda: all(a.retired for a in self.actors["producer"]), PATIENCE_S, "jobs are not done")
+        await self._until(lambda: not any(self._held(a) for a in self.actors["coordinator"]), PATIENCE_S, "no end of work")
         # A step that was given up may be computed until it expires; what that leaves is forgotten when idle.
         await asyncio.sleep(self.scenario.step_timeout_s + self.scenario.idle_s + 2 * IDLE_ROUND_S)
         self._judge_idle()
@@ -261,12 +262,17 @@ class World:
 
     # -- judgement -------------------------------------------------------------------------------
 
+    @staticmethod
+    def _held(actor: Actor) -> int:
+        return len(actor.session._held) if isinstance(actor.session, CoordinatorSession) and actor.lives else 0
+
     def _tick(self) -> None:
+        self._moved.set()
         self.network.tick()
         most = self.scenario.rows + max(self.scenario.rows // 8, 1)
         for actor in self.actors["coordinator"]:
-            if isinstance(actor.session, CoordinatorSession) and len(actor.session._held) > most:
-                self.oracle.complain(f"{actor.name} holds {len(actor.session._held)} requests, {most} are allowed")
+            if self._held(actor) > most:
+                self.oracle.complain(f"{actor.name} holds {self._held(actor)} requests, {most} are allowed")
         for actor in self.actors["worker"]:
             if isinstance(actor.session, WorkerSession) and len(actor.session._inbox.own) > OWN_PREFETCH:
                 self.oracle.complain(f"{actor.name} has more than {OWN_PREFETCH} steps at hand")
@@ -276,9 +282,6 @@ class World:
         for actor in self.actors["worker"]:
             if actor.lives and actor.engine is not None and len(actor.engine.cache):
                 self.oracle.complain(f"{actor.name} still keeps {len(actor.engine.cache)} rows")
-        for actor in self.actors["coordinator"]:
-            if actor.lives and isinstance(actor.session, CoordinatorSession) and actor.session._held:
-                self.oracle.complain(f"{actor.name} still holds {len(actor.session._held)} leases")
         for actors in self.actors.values():
             for actor in actors:
                 tasks = [task for task in self.loop.tasks if task.process is actor.process and not task.done()]
