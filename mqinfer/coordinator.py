@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -93,12 +94,9 @@ class CoordinatorSession:
         self._finishing: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[tuple[Delivery, int]] = asyncio.Queue()
         self._leases = LeaseQueue(transport, self._topology.leases(self.id))
-        self._intake = Intake(
-            transport,
-            self._topology.requests.name,
-            settings.rows,
-            lambda d, round_: self._inbox.put_nowait((d, round_)),
-        )
+        self._intake = Intake(transport, self._topology.requests.name, settings.rows, self._request_came, self._held_now)
+        #: Requests in the inbox, by the round that they came in.
+        self._unread: Counter[int] = Counter()
         self._counts = {"results": 0, "failures": 0, "output_tokens": 0, "replays": 0, "replayed_tokens": 0}
         self._tasks: asyncio.TaskGroup
 
@@ -124,13 +122,18 @@ class CoordinatorSession:
             self._queue.name, prefetch=0, sink=lambda delivery: self._inbox.put_nowait((delivery, 0))
         )
         await self._leases.open()
-        await self._tune()
+        await self._intake.tune()
 
     # -- what comes in -------------------------------------------------------------------------
+
+    def _request_came(self, delivery: Delivery, round_: int) -> None:
+        self._unread[round_] += 1
+        self._inbox.put_nowait((delivery, round_))
 
     async def _receive(self) -> None:
         while True:
             delivery, round_ = await self._inbox.get()
+            self._unread[round_] -= round_ > 0
             try:
                 message = decode(delivery.body)
             except WireError as error:
@@ -241,7 +244,7 @@ class CoordinatorSession:
         await held.lease.settle()
         del self._held[ended.row.number]
         self._ids.discard(ended.row.request.id)
-        await self._tune()
+        await self._intake.tune()
 
     async def _publish_result(self, result: Result) -> None:
         try:
@@ -286,7 +289,7 @@ class CoordinatorSession:
                 continue
             await self._intake.pause()
             await asyncio.gather(*(self._renew(held) for held in due))
-            await self._tune()
+            await self._intake.tune()
 
     def _due(self, held: Held, now_s: float) -> bool:
         """Blame is kept at once: a row that kills must not begin afresh with every coordinator."""
@@ -305,9 +308,10 @@ class CoordinatorSession:
         if kept is not None:
             held.kept_tokens, held.kept_failures = len(kept.output), kept.failures
 
-    async def _tune(self) -> None:
-        of_round = sum(1 for held in self._held.values() if held.lease.round == self._intake.round)
-        await self._intake.tune(len(self._held), of_round)
+    def _held_now(self, round_: int) -> tuple[int, int]:
+        """Requests here in all, and by deliveries of that round; also those that nobody has looked at yet."""
+        of_round = sum(1 for held in self._held.values() if held.lease.round == round_)
+        return len(self._held) + self._unread.total(), of_round + self._unread[round_]
 
     async def _drain(self) -> None:
         """Stop taking; every row goes back to `requests` with the tokens it has; workers may forget it."""

@@ -58,6 +58,7 @@ class Microbatch:
     #: Number of the step under way.
     step: int = -1
     sent_at_s: float = 0.0
+    timeout_s: float = 0.0
     parts: tuple[Row, ...] = ()
     #: (row, epoch) of rows that left, to be forgotten by the workers of the route.
     released: list[tuple[int, int]] = field(default_factory=list)

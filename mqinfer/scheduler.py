@@ -7,7 +7,7 @@ step under way, and an end of trip that is not that step's changes nothing.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 from mqinfer import batching
@@ -16,6 +16,12 @@ from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, R
 from mqinfer.plan import Plan
 from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
 from mqinfer.verdicts import BLAMED, MAX_FAILURES, Verdict, decide, explain
+
+
+#: First trips that were given up and may come home all the same: so many are remembered, to have their rows forgotten.
+MOST_GIVEN_UP = 1024
+#: The step timeout grows to so many times what was set, where trips take longer than that.
+MOST_PATIENCE = 8
 
 
 class Scheduler:
@@ -29,6 +35,11 @@ class Scheduler:
         self._limits = limits
         self._find_stop = find_stop
         self._step_timeout_s = step_timeout_s
+        #: Doubles with every step that is overdue, until there is nothing to do: a pipeline that is slower than the
+        #: timeout would replay its rows for ever.
+        self._patience = 1
+        #: (row, epoch) pairs by the microbatch that was given up with them, the latest last.
+        self._given_up: OrderedDict[int, tuple[tuple[int, int], ...]] = OrderedDict()
         self._next_row = 0
         self._next_microbatch = 0
         self.rows: dict[int, LiveRow] = {}
@@ -138,8 +149,13 @@ class Scheduler:
 
     def overdue(self, now_s: float) -> list[Decision]:
         """Steps that have not come back within the step timeout are given up; their late ends are stale."""
+        late = [m for m in self.microbatches.values() if now_s - m.sent_at_s > m.timeout_s]
+        if late:
+            self._patience = min(2 * self._patience, MOST_PATIENCE)
+        elif not self.microbatches:
+            self._patience = 1
         decisions: list[Decision] = []
-        for microbatch in [m for m in self.microbatches.values() if now_s - m.sent_at_s > self._step_timeout_s]:
+        for microbatch in late:
             decisions += self._abandon(microbatch, MissReason.CACHE, "no answer in time")
         return decisions + (self.form(now_s) if decisions else [])
 
@@ -257,6 +273,7 @@ class Scheduler:
     def _send(self, microbatch: Microbatch, now_s: float) -> Send:
         microbatch.step += 1
         microbatch.sent_at_s = now_s
+        microbatch.timeout_s = self._step_timeout_s * self._patience
         microbatch.parts = self._parts(microbatch.rows)
         step = Step(
             plan=self._plan.digest,
@@ -268,7 +285,7 @@ class Scheduler:
             rows=microbatch.parts,
             release=tuple(microbatch.released),
             alone=microbatch.alone,
-            ttl_s=self._step_timeout_s,
+            ttl_s=microbatch.timeout_s,
             tokens=tuple(
                 token for p in microbatch.parts for token in self.rows[p.row].tokens(p.start, p.start + p.count)
             ),
@@ -294,6 +311,10 @@ class Scheduler:
     def _abandon(
         self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "", stage: int = -1
     ) -> list[Decision]:
+        if not microbatch.route:  # who computes it yet is not known
+            self._given_up[microbatch.number] = tuple((row.number, row.epoch) for row in microbatch.rows)
+            if len(self._given_up) > MOST_GIVEN_UP:
+                self._given_up.popitem(last=False)
         decisions: list[Decision] = []
         for row in list(microbatch.rows):
             miss = Miss(row=row.number, epoch=row.epoch, stage=stage, reason=reason, detail=detail)
@@ -301,8 +322,8 @@ class Scheduler:
         return decisions + self._close(microbatch, without=without)
 
     def _forget_stale(self, end: StepDone) -> list[Decision]:
-        """What a trip left behind that was given up as overdue and came through all the same."""
-        rows = tuple((sampled.row, sampled.epoch) for sampled in end.sampled)
+        """What a trip left behind that was given up and came through all the same."""
+        rows = self._given_up.get(end.microbatch, ())
         release = Release(plan=self._plan.digest, owner=self._owner, rows=rows)
         return [Forget(queue, release) for queue in dict.fromkeys(end.route)] if rows else []
 

@@ -210,7 +210,8 @@ class World:
             self.oracle.deaths += 1
         if actor in self.actors["coordinator"]:
             self.oracle.coordinators_lost += not link.closed_in_order
-            self.oracle.leases_lost([delivery.body for delivery in link.server.unsettled])
+            ready = [m.body for queue in self.network.broker.queues() if ".leases." in queue.spec.name for _, m in queue.ready]
+            self.oracle.leases_lost([*(delivery.body for delivery in link.server.unsettled), *ready])
 
     def _unhandled(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.oracle.complain(f"unhandled: {context.get('message')} {_told(context.get('exception'))}")
@@ -235,7 +236,7 @@ class World:
         await asyncio.sleep(self.scenario.healed_s)
         self.network.calm_weather()
         await self._until(lambda: all(a.retired for a in self.actors["producer"]), PATIENCE_S, "jobs are not done")
-        await self._until(lambda: not any(self._held(a) for a in self.actors["coordinator"]), PATIENCE_S, "no end of work")
+        await self._until(lambda: not self._work_left(), PATIENCE_S, "no end of work")
         # A step that was given up may be computed until it expires; what that leaves is forgotten when idle.
         await asyncio.sleep(self.scenario.step_timeout_s + self.scenario.idle_s + 2 * IDLE_ROUND_S)
         self._judge_idle()
@@ -265,6 +266,11 @@ class World:
     @staticmethod
     def _held(actor: Actor) -> int:
         return len(actor.session._held) if isinstance(actor.session, CoordinatorSession) and actor.lives else 0
+
+    def _work_left(self) -> bool:
+        """Whether some request is held or waits: a copy of one that is answered, or of a job that was given up."""
+        ready = any(q.ready for q in self.network.broker.queues() if q.spec.name != self.topology.dead.name)
+        return ready or any(self._held(actor) for actor in self.actors["coordinator"])
 
     def _tick(self) -> None:
         self._moved.set()
