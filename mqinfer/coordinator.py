@@ -94,7 +94,9 @@ class CoordinatorSession:
         self._finishing: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[tuple[Delivery, int]] = asyncio.Queue()
         self._leases = LeaseQueue(transport, self._topology.leases(self.id))
-        self._intake = Intake(transport, self._topology.requests.name, settings.rows, self._request_came, self._held_now)
+        self._intake = Intake(
+            transport, self._topology.requests.name, settings.rows, self._request_came, self._held_now
+        )
         #: Requests in the inbox, by the round that they came in.
         self._unread: Counter[int] = Counter()
         self._counts = {"results": 0, "failures": 0, "output_tokens": 0, "replays": 0, "replayed_tokens": 0}

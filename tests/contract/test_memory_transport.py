@@ -12,7 +12,7 @@ from mqinfer.errors import Disconnected, Unroutable
 from mqinfer.queues import QueueSpec, new_id
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import QueueState
-from mqinfer.transports.memory import drop
+from mqinfer.transports.memory import drop, restart
 
 QUEUE = QueueSpec(name="queue")
 
@@ -58,3 +58,23 @@ async def test_a_body_that_its_publisher_changes_later_stays_what_it_was() -> No
     buffer[:] = b"after!"
     await link.consume(QUEUE.name, prefetch=1, sink=inbox)
     assert await inbox.bodies(1) == [b"before"]
+
+
+async def test_a_restarted_broker_keeps_persistent_messages_in_durable_queues_and_nothing_else() -> None:
+    name = new_id("test")
+    link = await open_transport(f"memory://{name}")
+    for spec in (QUEUE, QueueSpec(name="mine", durable=False, exclusive=True)):
+        await link.declare(spec)
+        for persistent in (True, False):
+            await link.publish(spec.name, b"kept" if persistent else b"gone", persistent=persistent)
+    held = Inbox()
+    await link.consume(QUEUE.name, prefetch=1, sink=held)
+    assert (await held.take()).body == b"kept"
+    restart(name)
+    with pytest.raises(Disconnected, match="restarted"):
+        await ended(link)
+    later, inbox = await open_transport(f"memory://{name}"), Inbox()
+    assert await later.inspect("mine") is None
+    assert await later.inspect(QUEUE.name) == QueueState(ready=1, consumers=0)
+    await later.consume(QUEUE.name, prefetch=0, sink=inbox)
+    assert await inbox.bodies(1) == [b"kept"]

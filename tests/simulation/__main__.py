@@ -61,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, metavar="K", help="run only this seed")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every event")
     parser.add_argument(
-        "--planted", nargs="?", const="", choices=["", *planted.BUGS], metavar="BUG", help="plant bugs and look for them"
+        "--planted",
+        nargs="?",
+        const="",
+        choices=["", *planted.BUGS],
+        metavar="BUG",
+        help="plant bugs and look for them",
     )
     return parser
 

@@ -121,11 +121,27 @@ class SimReader:
         )
 
 
+class SimBatch(BatchJob):
+    """Tells when it finds that the fleet has lost its requests."""
+
+    lost: Callable[[], None] = staticmethod(lambda: None)
+
+    async def _enqueue_again(self) -> None:
+        self.lost()
+        await super()._enqueue_again()
+
+
 def batch_job(
-    disk: Disk, plan: Plan, lines: Sequence[tuple[str, tuple[int, ...], int]], window: int
+    disk: Disk,
+    plan: Plan,
+    lines: Sequence[tuple[str, tuple[int, ...], int]],
+    window: int,
+    lost: Callable[[], None],
 ) -> BatchJob:
     """One run of a batch over that disk: what `mqinfer batch` makes of its files."""
     ticket = MemoryTicket.open(disk, plan)
     reader = SimReader(ticket.job, plan, lines)
     rows = Rows(MemoryOutput.open(disk), SimTokenizer().decode_token)  # type: ignore[arg-type]
-    return BatchJob(reader, rows, ticket, plan, window=window)  # type: ignore[arg-type]
+    batch = SimBatch(reader, rows, ticket, plan, window=window)  # type: ignore[arg-type]
+    batch.lost = lost
+    return batch

@@ -23,6 +23,8 @@ VOCABULARY = 512
 EOS = 2
 FIRST_TOKEN = 3
 _MASK = (1 << 24) - 1
+#: A number is 40 bits of hash and, below them, 8 of the row's epoch: two float32 carry it exactly.
+_EPOCHS = 1 << 8
 
 
 def make_plan(stages: int, context_tokens: int = 256, fingerprint: str = "simulated") -> Plan:
@@ -42,8 +44,13 @@ def make_plan(stages: int, context_tokens: int = 256, fingerprint: str = "simula
 
 
 def link(stage: int, chain: int, value: int, position: int) -> int:
-    """The next number of a stage's chain: 48 bits, which two float32 carry exactly."""
-    return hash((stage, chain, value, position)) & ((1 << 48) - 1)
+    """The next hash of a stage's chain."""
+    return hash((stage, chain, value, position)) & ((1 << 40) - 1)
+
+
+def first_link(plan: Plan) -> int:
+    """What every chain begins with."""
+    return int(plan.digest[:10], 16)
 
 
 def token_of(value: int) -> int:
@@ -62,7 +69,7 @@ class Truth:
 
     def add(self, request: str, prompt: Sequence[int], count: int) -> None:
         """Continue the prompt by so many tokens."""
-        chains = [int(self.plan.digest, 16)] * len(self.plan.stages)
+        chains = [first_link(self.plan)] * len(self.plan.stages)
         tokens = list(prompt)
         for position in range(len(prompt) + count - 1):
             value = tokens[position]
@@ -87,20 +94,22 @@ class SimModel:
         self.last = stage == len(plan.stages) - 1
         self.max_tokens = plan.context_tokens
         self._stage = stage
-        self._start = int(plan.digest, 16)
+        self._start = first_link(plan)
         self._truth = truth
         self._complain = complain
         #: Asked with each row's (request, end) before a forward gives anything; may raise.
         self.before: Callable[[Sequence[tuple[str, int]]], None] = lambda rows: None
+        #: Of the next forward's rows.
+        self.epochs: Sequence[int] = ()
 
     def forward(self, inputs: Tensor, extents: Sequence[Extent], sampled: Sequence[int]) -> Tensor:
         """See StageModel.forward."""
         values = self._values(inputs)
         outs: list[int] = []
         rows: list[tuple[str, int]] = []
-        for extent in extents:
+        for extent, epoch in zip(extents, self.epochs, strict=True):
             new = values[len(outs) : len(outs) + extent.count]
-            outs += self._extend(extent, new, rows)
+            outs += self._extend(extent, new, epoch % _EPOCHS, rows)
         self.before(rows)
         if self.last:
             ends, at = [], 0
@@ -109,28 +118,30 @@ class SimModel:
                 ends.append(outs[at - 1])
             logits = torch.zeros((len(sampled), VOCABULARY))
             for row, index in enumerate(sampled):
-                logits[row, token_of(ends[index])] = 1.0
+                logits[row, token_of(ends[index] // _EPOCHS)] = 1.0
             return logits
         return torch.tensor([(out & _MASK, out >> 24) for out in outs], dtype=torch.float32)
 
     def _values(self, inputs: Tensor) -> list[int]:
         if self.first:
-            return inputs.tolist()  # type: ignore[no-any-return]
+            return [token * _EPOCHS for token in inputs.tolist()]
         return [int(low) | int(high) << 24 for low, high in inputs.tolist()]
 
-    def _extend(self, extent: Extent, new: Sequence[int], rows: list[tuple[str, int]]) -> list[int]:
+    def _extend(self, extent: Extent, new: Sequence[int], epoch: int, rows: list[tuple[str, int]]) -> list[int]:
         kept = extent.keys[0][0, :, 0]
-        chain = int(kept[extent.start - 1]) if extent.start else self._start
-        outs = []
-        for offset, value in enumerate(new):
-            chain = link(self._stage, chain, value, extent.start + offset)
-            outs.append(chain)
+        last = int(kept[extent.start - 1]) if extent.start else self._start * _EPOCHS + epoch
+        epochs = {last % _EPOCHS} | (set() if self.first else {value % _EPOCHS for value in new})
+        if epochs != {epoch}:
+            self._complain(f"stage {self._stage} computed epoch {epoch} over epochs {sorted(epochs)}")
+        chain, request, outs = last // _EPOCHS, "", []
+        for position, value in enumerate(new, extent.start):
+            chain = link(self._stage, chain, value // _EPOCHS, position)
+            request, known = self._truth.numbers.get((self._stage, chain), ("", -1))
+            if known != position:
+                self._complain(f"stage {self._stage} computed what is of no request, at {position}")
+            outs.append(chain * _EPOCHS + epoch)
         kept[extent.start : extent.end] = torch.tensor(outs)
-        for offset, out in enumerate(outs):
-            known = self._truth.numbers.get((self._stage, out))
-            if known is None or known[1] != extent.start + offset:
-                self._complain(f"stage {self._stage} computed what is of no request, at {extent.start + offset}")
-        rows.append((self._truth.numbers.get((self._stage, outs[0]), ("", 0))[0], extent.end))
+        rows.append((request, extent.end))
         return outs
 
 
@@ -165,6 +176,7 @@ class SimEngine(StageEngine):
 
     def _compute(self, jobs: Sequence[Job]) -> None:
         """See StageEngine._compute."""
+        self.sim_model.epochs = [job.row.epoch for job in jobs]
         self.sim_model.before = lambda rows: self._computing([job.owner for job in jobs], rows)
         super()._compute(jobs)
         if self._cache.used_bytes > self._budget_bytes:

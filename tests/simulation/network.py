@@ -248,9 +248,7 @@ class SimTransport:
     ) -> None:
         """See base.Transport."""
         self.check()
-        message = Message(
-            body=body, headers=dict(headers or {}), persistent=persistent, priority=priority, ttl_s=ttl_s
-        )
+        message = Message(body=body, headers=dict(headers or {}), persistent=persistent, priority=priority, ttl_s=ttl_s)
         confirm = self._promise()
         network = self.network
 
@@ -282,7 +280,8 @@ class SimTransport:
             self._to_client(CONSUME, lambda: sink(SimDelivery(self, delivery)))
 
         return SimSubscription(
-            self, await self.call(lambda: self.server.consume(queue, prefetch=prefetch, sink=deliver))  # type: ignore[arg-type]
+            self,
+            await self.call(lambda: self.server.consume(queue, prefetch=prefetch, sink=deliver)),  # type: ignore[arg-type]
         )
 
     async def inspect(self, queue: str) -> QueueState | None:
@@ -452,4 +451,3 @@ def _now(coroutine: Coroutine[Any, Any, T]) -> T:
     except StopIteration as stop:
         result: T = stop.value
         return result
-

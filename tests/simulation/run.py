@@ -62,7 +62,9 @@ def _seeded(seed: int) -> Iterator[None]:
     ids = Random(f"ids {seed}")
     state = random.getstate()
     random.seed(seed)
-    with mock.patch.object(queues, "secrets", SimpleNamespace(token_hex=lambda n: f"{ids.getrandbits(8 * n):0{2 * n}x}")):
+    with mock.patch.object(
+        queues, "secrets", SimpleNamespace(token_hex=lambda n: f"{ids.getrandbits(8 * n):0{2 * n}x}")
+    ):
         yield
     random.setstate(state)
 

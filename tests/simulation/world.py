@@ -97,9 +97,7 @@ class World:
         )
 
         async def run(actor: Actor) -> None:
-            PROCESS.get().call_s = lambda work: (
-                forward_s * self.random.uniform(0.5, 1.5) if work == "run" else 0.0005
-            )
+            PROCESS.get().call_s = lambda work: forward_s * self.random.uniform(0.5, 1.5) if work == "run" else 0.0005
             actor.engine = SimEngine(
                 SimModel(self.plan, stage, self.oracle.truth, self.oracle.complain),
                 stage=stage,
@@ -142,7 +140,7 @@ class World:
         self.asked.append([name for name, _, _ in lines])
 
         async def run(actor: Actor) -> None:
-            batch = batch_job(disk, self.plan, lines, job.window)
+            batch = batch_job(disk, self.plan, lines, job.window, self._requests_lost)
             await batch.run(self.network.connect, actor.stop)
             actor.retired |= batch.finished
 
@@ -210,8 +208,21 @@ class World:
             self.oracle.deaths += 1
         if actor in self.actors["coordinator"]:
             self.oracle.coordinators_lost += not link.closed_in_order
-            ready = [m.body for queue in self.network.broker.queues() if ".leases." in queue.spec.name for _, m in queue.ready]
+            ready = [
+                m.body
+                for queue in self.network.broker.queues()
+                if ".leases." in queue.spec.name
+                for _, m in queue.ready
+            ]
             self.oracle.leases_lost([*(delivery.body for delivery in link.server.unsettled), *ready])
+
+    def _requests_lost(self) -> None:
+        """A batch has found that nobody has its requests: only a queue that vanished may take them along."""
+        self.oracle.counts["enqueued again"] += 1
+        if not (
+            self.scenario.weather.forgets_new_queues or any(f.kind == "delete queue" for f in self.scenario.faults)
+        ):
+            self.oracle.complain("requests or results vanished, and were enqueued again")
 
     def _unhandled(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.oracle.complain(f"unhandled: {context.get('message')} {_told(context.get('exception'))}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mqinfer.batching import Limits
-from mqinfer.messages import FinishReason, Miss, MissReason, Request, Sampled, Sampling, Step, StepDone
+from mqinfer.messages import FinishReason, Miss, MissReason, Request, Sampled, Sampling, Step, StepDone, StepTaken
 from mqinfer.plan import Plan, StageSpec
 from mqinfer.scheduler import Decision, Ended, Forget, Replayed, Scheduler, Send
 
@@ -411,3 +411,65 @@ def test_random_faults_never_change_a_result() -> None:
                     ring.take(ring.scheduler.done(ring.answer(send.step), 0.0))
         for item in requests:
             assert ring.results[item.id].row.output == continuation(item.prompt, item.max_tokens), f"seed {seed}"
+
+
+def taken(step: Step, worker: str) -> StepTaken:
+    return StepTaken(plan=step.plan, microbatch=step.microbatch, number=step.number, worker=worker)
+
+
+def test_a_worker_that_dies_with_a_first_trip_in_its_hands_is_held_against_the_rows_at_once() -> None:
+    ring = Ring()
+    ring.add(request("a"))
+    ring.scheduler.taken(taken(ring.sent.pop().step, "w0"))
+    assert ring.scheduler.workers == ["w0"]
+    ring.take(ring.scheduler.gone("w0", 0.0))
+    (row,) = ring.scheduler.rows.values()
+    assert (row.failures, row.epoch) == (1, 1)
+
+
+def test_a_worker_that_has_passed_a_first_trip_on_is_not_taken_for_the_one_that_computes_it() -> None:
+    ring = Ring()
+    ring.add(request("a"))
+    step = ring.sent.pop().step
+    for worker in ROUTE:
+        ring.scheduler.taken(taken(step, worker))
+    for _ in range(2):
+        ring.take(ring.scheduler.gone("w0", 0.0))
+    (row,) = ring.scheduler.rows.values()
+    assert (row.failures, row.deaths) == (1, 1)
+
+
+def test_who_took_another_step_than_the_one_under_way_says_nothing() -> None:
+    ring = Ring()
+    ring.add(request("a"))
+    ring.turn()
+    step = ring.sent[-1].step
+    ring.scheduler.taken(taken(replace(step, number=step.number - 1), "w9"))
+    ring.scheduler.taken(taken(step, "w9"))
+    assert ring.scheduler.workers == list(ROUTE)
+
+
+def test_a_pipeline_slower_than_the_step_timeout_is_given_more_time_until_it_is_idle() -> None:
+    ring = Ring()
+    ring.add(request("a"))
+    sent_s = 0.0
+    for timeout_s in (10.0, 20.0, 40.0, 80.0, 80.0):
+        assert ring.sent[-1].step.ttl_s == timeout_s
+        assert ring.scheduler.overdue(sent_s + timeout_s) == []
+        sent_s += timeout_s + 1.0
+        ring.take(ring.scheduler.overdue(sent_s))
+    ring.run()
+    assert ring.scheduler.overdue(sent_s) == []
+    ring.add(request("b"))
+    assert ring.sent[-1].step.ttl_s == 10.0
+
+
+def test_every_row_of_a_first_trip_that_comes_home_too_late_is_forgotten_where_it_was_computed() -> None:
+    ring = Ring()
+    ring.add(request("long", range(20)), request("short"))
+    late = ring.sent[0].step
+    ring.take(ring.scheduler.overdue(11.0))
+    end = StepDone(plan=late.plan, microbatch=late.microbatch, number=late.number, route=ROUTE)
+    forgotten = ring.scheduler.done(end, 11.0)
+    rows = tuple((row.row, row.epoch) for row in late.rows)
+    assert [(f.queue, f.release.rows) for f in forgotten if isinstance(f, Forget)] == [(queue, rows) for queue in ROUTE]
