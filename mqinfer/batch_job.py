@@ -127,7 +127,7 @@ class BatchJob:
                 continue
             seen = await survey.take(transport, self._plan)
             self._rows.progress.note = seen.complaint()
-            gone = not (seen.requests and seen.requests.ready) and not seen.in_flight() and not await producer.waiting()
+            gone = seen.holds_nothing() and not await producer.waiting()
             looks = looks + 1 if gone else 0
             if looks >= STALL_LOOKS:
                 looks = 0

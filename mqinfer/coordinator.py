@@ -185,6 +185,7 @@ class CoordinatorSession:
                 "rows": len(self._scheduler.rows),
                 "waiting": len(self._scheduler.waiting),
                 "microbatches": len(live),
+                "blocked_s": self._transport.blockage().total_s,
                 **self._counts,
             },
             facts={"version": __version__, "plan": self._plan.digest},

@@ -311,6 +311,7 @@ class WorkerSession:
                 "kv_used_bytes": engine.kv_used_bytes,
                 "kv_budget_bytes": engine.kv_budget_bytes,
                 "cached_rows": engine.cached_rows,
+                "blocked_s": self._transport.blockage().total_s,
                 **self._counts,
             },
             facts={"version": __version__, "plan": self._plan.digest, "device": str(engine.device)},

@@ -39,7 +39,7 @@ ROOMS = (
         "transports",
         2,
         "transports transports.base transports.memory transports.memory_broker "
-        "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
+        "transports.rabbitmq transports.rabbitmq_alarm transports.rabbitmq_connect transports.rabbitmq_link",
     ),
     Room("checkpoint", 2, "checkpoint headers anatomy hub"),
     Room("compute", 2, "stage_model stage_weights pruning attention padding kv_cache sampler device"),
@@ -62,7 +62,7 @@ ROOMS = (
 #: Third-party package -> the only modules that may import it. Policy has none: the standard library must do.
 HOMES = {
     "aio_pika": "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
-    "aiormq": "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
+    "aiormq": "transports.rabbitmq transports.rabbitmq_alarm transports.rabbitmq_connect transports.rabbitmq_link",
     "huggingface_hub": "hub",
     "jinja2": "tokenizer",
     "msgpack": "wire_header",
