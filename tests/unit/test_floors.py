@@ -51,10 +51,11 @@ ROOMS = (
     Room("coordinator", 4, "coordinator leases requests"),
     Room("producer", 4, "producer"),
     Room("survey", 4, "survey"),
+    Room("dead letters", 4, "dead_letters"),
     Room(
         "doors",
         5,
-        "__main__ cli flags running commands console embedded "
+        "__main__ cli cli_queues launch flags running commands operate console embedded "
         "batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
@@ -76,7 +77,7 @@ HOMES = {
     "torch": "tensor_codec stage_model stage_weights pruning attention padding kv_cache sampler device "
     "stage_engine stage_compute",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
-    "typer": "cli flags",
+    "typer": "cli cli_queues launch flags",
     "uvloop": "running",
     "xxhash": "wire",
     "yarl": "transports.rabbitmq_connect",
