@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mqinfer import checkpoint, console
+from mqinfer import checkpoint, console, systemd
 from mqinfer import plan as plans
 from mqinfer.batch_files import LineReader, count_lines
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
@@ -248,7 +249,9 @@ async def worker(settings: WorkerSettings, stage: int, model: str | None, *, sto
         raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
     await unless_stopped(stop, _reach(settings))
     compute = await unless_stopped(stop, asyncio.to_thread(_load_stage, plan, stage, model, settings))
-    await StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}")).run(stop)
+    serving = StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}"))
+    async with systemd.kept_informed(serving.pulse, stop):
+        await serving.run(stop)
     return 0
 
 
@@ -259,7 +262,7 @@ async def _reach(settings: Settings) -> None:
 
 
 def _load_stage(plan: Plan, stage: int, model: str | None, settings: WorkerSettings) -> StageCompute:
-    from mqinfer.stage_worker import load_compute
+    from mqinfer.stage_compute import load_compute
 
     folder = checkpoint.resolve(model or plan.model, plan.revision)
     checkpoint.verify(folder, plan)
@@ -271,5 +274,7 @@ async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop:
     """Coordinate. The exit code."""
     plan = read_plan(settings)
     tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
-    await Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator")).run(stop)
+    coordinating = Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator"))
+    async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
+        await coordinating.run(stop)
     return 0

@@ -19,6 +19,7 @@ from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone
 from mqinfer.observe import (
+    ACTOR_READY,
     COORDINATOR_DRAINED,
     REQUEST_ENDED,
     REQUEST_REFUSED,
@@ -123,6 +124,7 @@ class CoordinatorSession:
         )
         await self._leases.open()
         await self._tune()
+        emit(ACTOR_READY, actor=self.id)
 
     # -- what comes in -------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ WORKER_GONE = "worker.gone"  #: queue
 COORDINATOR_DRAINED = "coordinator.drained"  #: given_back
 
 # Anything
+ACTOR_READY = "actor.ready"  #: actor; it takes work from its queues
+ACTOR_STALLED = "actor.stalled"  #: seconds; compute, or whatever shows that it lives, does not answer
 ACTOR_FAILED = "actor.failed"  #: actor, error
 
 _DEBUG = frozenset({STEP_COMPUTED, CHECKPOINT_KEPT, REQUEST_ENDED})
@@ -53,7 +55,7 @@ _WARNING = frozenset(
         REQUEST_REFUSED,
     }
 )
-_ERROR = frozenset({COMPUTE_FAILED, ACTOR_FAILED})
+_ERROR = frozenset({COMPUTE_FAILED, ACTOR_STALLED, ACTOR_FAILED})
 #: Reasons of a missed row that are no fault: a worker leaves, or is full.
 _ORDINARY_MISSES = frozenset({"gone", "room"})
 

@@ -13,19 +13,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step
-from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
+from mqinfer.observe import ACTOR_READY, ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
 from mqinfer.settings import WorkerSettings
 from mqinfer.stage_compute import Outgoing, StageCompute, step_done
-from mqinfer.stage_engine import StageEngine
 from mqinfer.stage_inbox import StageInbox
 from mqinfer.transports.base import Delivery, Transport
 from mqinfer.wire import MAX_STEP_BYTES, decode, encode
@@ -60,24 +58,23 @@ class StageWorker:
         self._compute = compute
         self._settings = settings
         self._connect = connect
+        self._thread: ThreadPoolExecutor | None = None
+
+    async def pulse(self) -> None:
+        """Returns when the compute thread is free for a moment: not while a forward hangs. Idle, that is at once."""
+        if self._thread is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, int)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then drain. Raises: Refused at the first link."""
         with ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self._stage}") as thread:
+            self._thread = thread
             await asyncio.get_running_loop().run_in_executor(thread, self._compute.prepare_thread)
 
             async def session(transport: Transport) -> None:
                 await WorkerSession(self._plan, self._stage, self._compute, self._settings, transport, thread).run(stop)
 
             await keep_linked(f"worker of stage {self._stage}", self._connect, session, stop)
-
-
-def load_compute(plan: Plan, stage: int, folder: Path, settings: WorkerSettings) -> StageCompute:
-    """Read the stage's tensors from `folder` onto the device. Raises: PlanError, OutOfMemory."""
-    engine = StageEngine.load(
-        plan, stage, folder=folder, device=settings.device, kv_bytes=settings.kv_bytes, idle_s=settings.idle_s
-    )
-    return StageCompute(plan, stage, engine, codec=settings.codec, threads=settings.threads)
 
 
 class WorkerSession:
@@ -128,6 +125,7 @@ class WorkerSession:
         for spec in self._topology.shared(len(self._plan.stages)):
             await self._transport.declare(spec)
         await self._inbox.open(self._tasks)
+        emit(ACTOR_READY, actor=self.id)
 
     # -- taking --------------------------------------------------------------------------------
 

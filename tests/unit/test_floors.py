@@ -55,7 +55,7 @@ ROOMS = (
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues launch flags running commands operate console embedded "
+        "__main__ cli cli_queues launch flags running systemd commands operate console embedded "
         "batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
