@@ -104,7 +104,7 @@ def batch(
 
     \b
       0    every line has a result
-      2    it could not be begun
+      2    it could not be begun, or the output can't be written: when it can, run it again
       3    some rows are errors
       130  stopped by Ctrl-C
 

@@ -5,6 +5,7 @@
     MqinferError
     ├── SettingsError       the person who started the command is told; exit code 2
     ├── PlanError           likewise: the plan can't be made, read or served here
+    ├── OutputError         likewise: the results can't be written; nothing is acked, the next run goes on
     ├── WireError           the body can't be read: dead-letter queue
     ├── PlanMismatch        the body belongs to another plan: dead-letter queue
     ├── RequestError        the request can't be answered: a failure row that says why
@@ -33,6 +34,10 @@ class SettingsError(MqinferError):
 
 class PlanError(MqinferError):
     """The plan can't be made, read or served."""
+
+
+class OutputError(MqinferError):
+    """The output can't be written."""
 
 
 class WireError(MqinferError):

@@ -230,6 +230,30 @@ def test_ctrl_c_stops_a_batch_here_and_the_same_command_goes_on(
     assert sorted(row["custom_id"] for row in rows(out)) == sorted(f"id-{i}" for i in range(200))
 
 
+#: No file may grow beyond 8 KiB, as if the disk were full then.
+SMALL_DISK = """\
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+from mqinfer.cli import main
+main()
+"""
+
+
+def test_a_full_disk_ends_a_batch_in_one_sentence_and_the_same_command_goes_on(
+    start: Callable[..., Process], model: Path, tmp_path: Path
+) -> None:
+    prompts, out = write_prompts(tmp_path / "p.jsonl", 60), tmp_path / "out.jsonl"
+    command = ("batch", prompts, "-o", out, "--model", model, "--stages", 2, "--kv-bytes", "64MiB")
+    ended = start(*command, program=("-c", SMALL_DISK)).end()
+    assert ended.code == 2, ended.err
+    assert re.fullmatch(rf"mqinfer: can't write {out}: File too large\. [^\n]+ again", ended.err.splitlines()[-1])
+    assert "Traceback" not in ended.err
+    assert 0 < len(rows(out)) < 60
+    again = start(*command).end()
+    assert again.code == 0, again.err
+    assert sorted(row["custom_id"] for row in rows(out)) == sorted(f"id-{i}" for i in range(60))
+
+
 def test_ctrl_c_while_the_model_is_read_ends_at_once(
     start: Callable[..., Process], prompts: Path, tmp_path: Path
 ) -> None:
