@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mqinfer import __version__
-from mqinfer.errors import RequestError, SettingsError, Unroutable, WireError
+from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone
@@ -36,6 +36,7 @@ from mqinfer.scheduler import Scheduler
 from mqinfer.settings import CoordinatorSettings
 from mqinfer.tokenizer import Tokenizer, find_stop
 from mqinfer.transports.base import Delivery, Transport
+from mqinfer.verdicts import DEAD_LETTERS, FAILURE_ROWS
 from mqinfer.wire import decode, encode
 
 #: How often leases are looked over for those that are due.
@@ -133,7 +134,7 @@ class CoordinatorSession:
             delivery, round_ = await self._inbox.get()
             try:
                 message = decode(delivery.body)
-            except WireError as error:
+            except DEAD_LETTERS as error:
                 await bury(self._transport, self._topology.dead, delivery, str(error))
                 continue
             match message:
@@ -162,7 +163,7 @@ class CoordinatorSession:
         lease = Lease(delivery, round_, now_s())
         try:
             check_request(request, self._plan)
-        except RequestError as error:
+        except FAILURE_ROWS as error:
             await self._refuse(request, lease, str(error))
             return
         self._ids.add(request.id)

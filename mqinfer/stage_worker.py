@@ -26,6 +26,7 @@ from mqinfer.settings import WorkerSettings
 from mqinfer.stage_compute import Outgoing, StageCompute, step_done
 from mqinfer.stage_inbox import StageInbox
 from mqinfer.transports.base import Delivery, Transport
+from mqinfer.verdicts import DEAD_LETTERS
 from mqinfer.wire import MAX_STEP_BYTES, decode, encode
 
 #: Forwards whose outputs may still be on their way out when the next one ends.
@@ -162,7 +163,7 @@ class WorkerSession:
             if isinstance(message, Step):
                 await self._check(message)
                 return Taken(message, delivery)
-        except (WireError, PlanMismatch) as error:
+        except DEAD_LETTERS as error:
             await bury(self._transport, self._topology.dead, delivery, str(error))
             return None
         if isinstance(message, Release):
