@@ -117,7 +117,7 @@ def _remarks(earlier: Survey, later: Survey) -> Iterator[str]:
     if blocked_s := later.blocked_s():
         yield f"the broker has blocked publishers for {blocked_s:.0f} s since they are linked: memory or disk alarm"
     if later.dead is not None and later.dead.ready:
-        yield "dead letters are bodies that nobody could read: `mqinfer dead list` says why"
+        yield "dead letters are bodies that nobody could use: `mqinfer dead list` says why"
 
 
 def show_dead(name: str, letters: Sequence[Letter], total: int) -> None:
