@@ -125,7 +125,7 @@ class CoordinatorSession:
         )
         await self._leases.open()
         await self._tune()
-        emit(ACTOR_READY, actor=self.id)
+        emit(ACTOR_READY, actor=self._queue.name)
 
     # -- what comes in -------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from mqinfer.errors import Refused, TransportError, Unroutable, WireError
-from mqinfer.messages import KINDS, Ask, JobTotal, Message, Probe, Release, Report, Request, Result, Step, StepDone
+from mqinfer.messages import KINDS, Ask, JobTotal, Message, Release, Report, Request, Result, Step, StepDone
 from mqinfer.queues import PRIORITY_BEGUN, PRIORITY_NEW, Topology
 from mqinfer.transports.base import Delivery, Transport
 from mqinfer.wire import MAGIC, PREFIX_BYTES, decode
@@ -138,7 +138,7 @@ async def send_back(transport: Transport, topology: Topology, letter: Letter) ->
         await transport.publish(
             letter.queue,
             letter.delivery.body,
-            persistent=not isinstance(message, Step | StepDone | Release | Probe | Ask | Report),
+            persistent=message is None or isinstance(message, Request | Result | JobTotal),
             priority=PRIORITY_BEGUN if isinstance(message, Request) and message.output else PRIORITY_NEW,
             ttl_s=message.ttl_s or None if isinstance(message, Step) else None,
         )
@@ -189,7 +189,7 @@ def _facts(message: Message) -> Mapping[str, object]:
             return {"plan": message.plan, "reply to": message.reply_to}
         case Report():
             return {"role": message.role, "id": message.id, "stage": message.stage}
-        case Probe():
+        case _:
             return {"plan": message.plan}
 
 

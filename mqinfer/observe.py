@@ -38,7 +38,7 @@ WORKER_GONE = "worker.gone"  #: queue
 COORDINATOR_DRAINED = "coordinator.drained"  #: given_back
 
 # Anything
-ACTOR_READY = "actor.ready"  #: actor; it takes work from its queues
+ACTOR_READY = "actor.ready"  #: actor (its queue); it takes work
 ACTOR_STALLED = "actor.stalled"  #: seconds; compute, or whatever shows that it lives, does not answer
 ACTOR_FAILED = "actor.failed"  #: actor, error
 

@@ -19,7 +19,7 @@ from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step
-from mqinfer.observe import ACTOR_READY, ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
+from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
 from mqinfer.settings import WorkerSettings
@@ -126,7 +126,6 @@ class WorkerSession:
         for spec in self._topology.shared(len(self._plan.stages)):
             await self._transport.declare(spec)
         await self._inbox.open(self._tasks)
-        emit(ACTOR_READY, actor=self.id)
 
     # -- taking --------------------------------------------------------------------------------
 

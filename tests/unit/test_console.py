@@ -109,7 +109,7 @@ def test_the_status_of_an_idle_pipeline_says_so(terminal: Screen) -> None:
 
 def test_dead_letters_are_explained_where_there_are_any(terminal: Screen) -> None:
     console.show_status(make_plan("p"), busy_survey(0.0), busy_survey(1.0, dead=3))
-    assert "dead letters are bodies that nobody could read" in terminal.text(terminal.out)
+    assert "dead letters are bodies that nobody could use" in terminal.text(terminal.out)
 
 
 def test_an_alarm_of_the_broker_is_told_while_it_lasts_and_afterwards(terminal: Screen) -> None:
