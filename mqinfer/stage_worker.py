@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,11 +19,12 @@ from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step
-from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
+from mqinfer.observe import WORKER_DRAINED, emit
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
 from mqinfer.settings import WorkerSettings
 from mqinfer.stage_compute import Outgoing, StageCompute, step_done
+from mqinfer.stage_counts import StageCounts
 from mqinfer.stage_inbox import StageInbox
 from mqinfer.transports.base import Delivery, Transport
 from mqinfer.verdicts import DEAD_LETTERS
@@ -103,7 +104,7 @@ class WorkerSession:
         self._publishing = asyncio.Semaphore(PUBLISHING)
         self._closing = False
         self._failed_in_a_row = 0
-        self._counts: Counter[str] = Counter()
+        self._counts = StageCounts(stage)
         self._tasks: asyncio.TaskGroup
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -204,14 +205,14 @@ class WorkerSession:
         began_s = now_s()
         steps = [item.step for item in taken]
         outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing)
-        self._count(steps, now_s() - began_s)
+        self._counts.computed(steps, now_s() - began_s)
         await self._publishing.acquire()
         self._tasks.create_task(self._publish(taken, outgoing))
 
     async def _publish(self, taken: Sequence[Taken], outgoing: Sequence[Outgoing]) -> None:
         try:
             for item, out in zip(taken, outgoing, strict=True):
-                self._tell(out.misses)
+                self._counts.missed(out.misses)
                 if out.ends:
                     await self._to_owner(item.step.owner, out.body)
                 else:
@@ -255,7 +256,7 @@ class WorkerSession:
             for row in step.rows
             if row.row not in known
         )
-        self._tell(missed)
+        self._counts.missed(missed)
         await self._to_owner(step.owner, encode(step_done(step, step.misses + beside + missed)))
 
     # -- the rest ------------------------------------------------------------------------------
@@ -310,29 +311,11 @@ class WorkerSession:
                 "kv_budget_bytes": engine.kv_budget_bytes,
                 "cached_rows": engine.cached_rows,
                 "blocked_s": self._transport.blockage().total_s,
-                **self._counts,
+                **self._counts.values,
             },
             facts={"version": __version__, "plan": self._plan.digest, "device": str(engine.device)},
         )
         await self._to_owner(ask.reply_to, encode(report))
-
-    def _count(self, steps: Sequence[Step], seconds: float) -> None:
-        rows = sum(len(step.rows) for step in steps)
-        tokens = sum(row.count for step in steps for row in step.rows)
-        self._counts.update({"forwards": 1, "steps": len(steps), "rows": rows, "tokens": tokens, "busy_s": seconds})
-        emit(STEP_COMPUTED, stage=self._stage, microbatches=len(steps), rows=rows, tokens=tokens, seconds=seconds)
-
-    @staticmethod
-    def _tell(misses: Sequence[Miss]) -> None:
-        for miss in misses:
-            emit(
-                ROW_MISSED,
-                row=miss.row,
-                epoch=miss.epoch,
-                stage=miss.stage,
-                reason=miss.reason.value,
-                detail=miss.detail,
-            )
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)

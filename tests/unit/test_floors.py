@@ -47,7 +47,7 @@ ROOMS = (
     Room("policy", 2, "batching verdicts partition rows scheduler"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
-    Room("worker", 4, "stage_worker stage_inbox stage_compute"),
+    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
     Room("coordinator", 4, "coordinator leases requests"),
     Room("producer", 4, "producer"),
     Room("survey", 4, "survey"),
