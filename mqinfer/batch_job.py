@@ -64,10 +64,10 @@ class BatchJob:
         async def session(transport: Transport) -> None:
             self._flying = {number for number in self._flying if not self._rows.has(number, None)}
             producer = Producer(transport, Topology(self._plan.name), self._ticket.job)
-            await producer.open()
             if self._abandoned:
                 await Producer(transport, Topology(self._plan.name), self._abandoned).forget()
-            await asyncio.to_thread(self._ticket.save)
+            await asyncio.to_thread(self._ticket.save)  # before the job's queue is there: nobody else would remove it
+            await producer.open()
             await producer.listen(prefetch=self._window)
             async with asyncio.TaskGroup() as tasks:
                 loops = (

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from mqinfer import __version__
 from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
-from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone
+from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone, StepTaken
 from mqinfer.observe import (
     ACTOR_READY,
     COORDINATOR_DRAINED,
@@ -49,7 +50,9 @@ class Held:
 
     row: LiveRow
     lease: Lease
+    #: What its checkpoint has.
     kept_tokens: int
+    kept_failures: int
 
 
 class Coordinator:
@@ -94,11 +97,10 @@ class CoordinatorSession:
         self._inbox: asyncio.Queue[tuple[Delivery, int]] = asyncio.Queue()
         self._leases = LeaseQueue(transport, self._topology.leases(self.id))
         self._intake = Intake(
-            transport,
-            self._topology.requests.name,
-            settings.rows,
-            lambda d, round_: self._inbox.put_nowait((d, round_)),
+            transport, self._topology.requests.name, settings.rows, self._request_came, self._held_now
         )
+        #: Requests in the inbox, by the round that they came in.
+        self._unread: Counter[int] = Counter()
         self._counts = {"results": 0, "failures": 0, "output_tokens": 0, "replays": 0, "replayed_tokens": 0}
         self._tasks: asyncio.TaskGroup
 
@@ -124,14 +126,19 @@ class CoordinatorSession:
             self._queue.name, prefetch=0, sink=lambda delivery: self._inbox.put_nowait((delivery, 0))
         )
         await self._leases.open()
-        await self._tune()
+        await self._intake.tune()
         emit(ACTOR_READY, actor=self._queue.name)
 
     # -- what comes in -------------------------------------------------------------------------
 
+    def _request_came(self, delivery: Delivery, round_: int) -> None:
+        self._unread[round_] += 1
+        self._inbox.put_nowait((delivery, round_))
+
     async def _receive(self) -> None:
         while True:
             delivery, round_ = await self._inbox.get()
+            self._unread[round_] -= round_ > 0
             try:
                 message = decode(delivery.body)
             except DEAD_LETTERS as error:
@@ -140,6 +147,9 @@ class CoordinatorSession:
             match message:
                 case Request():
                     await self._admit(message, delivery, round_)
+                case StepTaken():
+                    await delivery.ack()
+                    self._scheduler.taken(message)
                 case StepDone():
                     await delivery.ack()
                     self._perform(self._scheduler.done(message, now_s()))
@@ -168,7 +178,7 @@ class CoordinatorSession:
             return
         self._ids.add(request.id)
         row, ended = self._scheduler.add(request)
-        self._held[row.number] = Held(row, lease, len(request.output))
+        self._held[row.number] = Held(row, lease, len(request.output), request.failures)
         self._perform([*ended, *self._scheduler.form(now_s())])
 
     async def _refuse(self, request: Request, lease: Lease, why: str) -> None:
@@ -240,7 +250,7 @@ class CoordinatorSession:
         await held.lease.settle()
         del self._held[ended.row.number]
         self._ids.discard(ended.row.request.id)
-        await self._tune()
+        await self._intake.tune()
 
     async def _publish_result(self, result: Result) -> None:
         try:
@@ -285,14 +295,14 @@ class CoordinatorSession:
                 continue
             await self._intake.pause()
             await asyncio.gather(*(self._renew(held) for held in due))
-            await self._tune()
+            await self._intake.tune()
 
     def _due(self, held: Held, now_s: float) -> bool:
+        """Blame is kept at once: a row that kills must not begin afresh with every coordinator."""
         age_s = now_s - held.lease.renewed_at_s
-        grown = len(held.row.output) > held.kept_tokens
-        return held.row.number in self._scheduler.rows and (
-            age_s >= self._settings.lease_s or (grown and age_s >= self._settings.checkpoint_s)
-        )
+        grown = len(held.row.output) > held.kept_tokens and age_s >= self._settings.checkpoint_s
+        blamed = held.row.failures > held.kept_failures
+        return held.row.number in self._scheduler.rows and (blamed or grown or age_s >= self._settings.lease_s)
 
     async def _renew(self, held: Held) -> None:
         row = held.row
@@ -302,11 +312,12 @@ class CoordinatorSession:
             now_s(),
         )
         if kept is not None:
-            held.kept_tokens = len(kept.output)
+            held.kept_tokens, held.kept_failures = len(kept.output), kept.failures
 
-    async def _tune(self) -> None:
-        of_round = sum(1 for held in self._held.values() if held.lease.round == self._intake.round)
-        await self._intake.tune(len(self._held), of_round)
+    def _held_now(self, round_: int) -> tuple[int, int]:
+        """Requests here in all, and by deliveries of that round; also those that nobody has looked at yet."""
+        of_round = sum(1 for held in self._held.values() if held.lease.round == round_)
+        return len(self._held) + self._unread.total(), of_round + self._unread[round_]
 
     async def _drain(self) -> None:
         """Stop taking; every row goes back to `requests` with the tokens it has; workers may forget it."""

@@ -112,11 +112,20 @@ class Intake:
     whenever the present one is too generous or too tight.
     """
 
-    def __init__(self, transport: Transport, queue: str, limit: int, sink: Callable[[Delivery, int], None]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        queue: str,
+        limit: int,
+        sink: Callable[[Delivery, int], None],
+        held: Callable[[int], tuple[int, int]],
+    ) -> None:
+        """`held`: given a round, how many requests are held in all, and by deliveries of that round."""
         self._transport = transport
         self._queue = queue
         self._limit = limit
         self._sink = sink
+        self._held = held
         self._subscription: Subscription | None = None
         self._prefetch = 0
         self._turning = asyncio.Lock()
@@ -138,17 +147,19 @@ class Intake:
             self._prefetch = 0
             await subscription.cancel()
 
-    async def tune(self, held: int, held_of_round: int) -> None:
-        """Let come what may: `held` leases are held, `held_of_round` of them by deliveries of the present round."""
+    async def tune(self) -> None:
+        """Let come what may."""
         async with self._turning:
-            await self._turn(held, held_of_round)
+            await self._turn()
 
-    async def _turn(self, held: int, held_of_round: int) -> None:
+    async def _turn(self) -> None:
+        held, held_of_round = self._held(self.round)
         wanted = max(self._limit - (held - held_of_round), 0)
         slack = max(self._limit // 8, 1)
         if wanted == self._prefetch or (self._prefetch and abs(wanted - self._prefetch) < slack):
             return
         await self._cancel()
+        held, _ = self._held(self.round)  # what was on its way has come meanwhile
         self._prefetch = max(self._limit - held, 0)
         if self._prefetch:
             self.round += 1

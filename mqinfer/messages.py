@@ -160,6 +160,17 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepTaken:
+    """A worker is about to compute a step on its first trip: should it die now, its owner knows of what."""
+
+    plan: str
+    microbatch: int
+    number: int
+    #: The worker's queue.
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     """The token drawn for a row."""
 
@@ -251,12 +262,13 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-Message = Request | Step | StepDone | Release | Probe | Result | JobTotal | Ask | Report
+Message = Request | Step | StepTaken | StepDone | Release | Probe | Result | JobTotal | Ask | Report
 
 #: Kind on the wire -> class. A kind is never given another meaning.
 KINDS: Mapping[str, type[Any]] = {
     "request": Request,
     "step": Step,
+    "step-taken": StepTaken,
     "step-done": StepDone,
     "release": Release,
     "probe": Probe,

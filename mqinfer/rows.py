@@ -53,12 +53,24 @@ class Microbatch:
     #: Nobody joins any more.
     closed: bool = False
     route: tuple[str, ...] = ()
+    #: Workers that have taken the step on its first trip: all that is known of its route until it comes home.
+    takers: list[str] = field(default_factory=list)
     #: Number of the step under way.
     step: int = -1
     sent_at_s: float = 0.0
+    timeout_s: float = 0.0
     parts: tuple[Row, ...] = ()
     #: (row, epoch) of rows that left, to be forgotten by the workers of the route.
     released: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Queues of the workers that may hold its rows."""
+        return self.route or tuple(self.takers)
+
+    def held_at(self, worker: str) -> int:
+        """The stage at which this worker has the step of the first trip in its hands; -1 where that is not known."""
+        return len(self.takers) - 1 if self.takers and self.takers[-1] == worker else -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,21 @@ step under way, and an end of trip that is not that step's changes nothing.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 from mqinfer import batching
 from mqinfer.batching import Limits, Pending
-from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, Step, StepDone
+from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, Step, StepDone, StepTaken
 from mqinfer.plan import Plan
 from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
 from mqinfer.verdicts import BLAMED, MAX_FAILURES, Verdict, decide, explain
+
+
+#: First trips that were given up and may come home all the same: so many are remembered, to have their rows forgotten.
+MOST_GIVEN_UP = 1024
+#: The step timeout grows to so many times what was set, where trips take longer than that.
+MOST_PATIENCE = 8
 
 
 class Scheduler:
@@ -29,6 +35,11 @@ class Scheduler:
         self._limits = limits
         self._find_stop = find_stop
         self._step_timeout_s = step_timeout_s
+        #: Doubles with every step that is overdue, until there is nothing to do: a pipeline that is slower than the
+        #: timeout would replay its rows for ever.
+        self._patience = 1
+        #: (row, epoch) pairs by the microbatch that was given up with them, the latest last.
+        self._given_up: OrderedDict[int, tuple[tuple[int, int], ...]] = OrderedDict()
         self._next_row = 0
         self._next_microbatch = 0
         self.rows: dict[int, LiveRow] = {}
@@ -41,8 +52,8 @@ class Scheduler:
 
     @property
     def workers(self) -> list[str]:
-        """Queues of all workers on live routes, each once."""
-        return list(dict.fromkeys(queue for microbatch in self.microbatches.values() for queue in microbatch.route))
+        """Queues of all workers that hold rows of ours, each once."""
+        return list(dict.fromkeys(queue for microbatch in self.microbatches.values() for queue in microbatch.workers))
 
     def target(self) -> int:
         """How many microbatches there should be."""
@@ -89,6 +100,12 @@ class Scheduler:
             decisions += self._open(rows, now_s)
         return decisions
 
+    def taken(self, step: StepTaken) -> None:
+        """A worker has begun with a step on its first trip."""
+        microbatch = self.microbatches.get(step.microbatch)
+        if microbatch is not None and step.number == microbatch.step and not microbatch.route:
+            microbatch.takers.append(step.worker)
+
     def done(self, end: StepDone, now_s: float) -> list[Decision]:
         """A trip has ended. A stale one (of an older step, of a microbatch that is no more) changes nothing."""
         microbatch = self.microbatches.get(end.microbatch)
@@ -98,6 +115,7 @@ class Scheduler:
             return []
         if len(end.route) > len(microbatch.route):
             microbatch.route = end.route
+            microbatch.takers.clear()
         microbatch.closed |= end.closing
         missed = {miss.row: miss for miss in end.misses}
         drawn = {sampled.row: sampled for sampled in end.sampled}
@@ -113,12 +131,13 @@ class Scheduler:
     def gone(self, queue: str, now_s: float) -> list[Decision]:
         """The worker behind `queue` no longer exists: what it may have held is replayed.
 
-        Which of them it was computing is not known (see `_blame`); a first trip goes over shared queues, where
-        the broker's redelivery shows exactly what a worker died with.
+        Which of them it was computing is not known (see `_blame`), but for a first trip that it was the last to take:
+        there the broker's redelivery would show the same, once a peer takes it.
         """
         decisions: list[Decision] = []
-        for microbatch in [m for m in self.microbatches.values() if queue in m.route]:
-            decisions += self._abandon(microbatch, MissReason.LOST, "the worker is gone", without=queue)
+        for microbatch in [m for m in self.microbatches.values() if queue in m.workers]:
+            held_at = microbatch.held_at(queue)
+            decisions += self._abandon(microbatch, MissReason.LOST, "the worker is gone", without=queue, stage=held_at)
         return decisions + self.form(now_s)
 
     def unsent(self, microbatch: int, queue: str, now_s: float) -> list[Decision]:
@@ -130,8 +149,13 @@ class Scheduler:
 
     def overdue(self, now_s: float) -> list[Decision]:
         """Steps that have not come back within the step timeout are given up; their late ends are stale."""
+        late = [m for m in self.microbatches.values() if now_s - m.sent_at_s > m.timeout_s]
+        if late:
+            self._patience = min(2 * self._patience, MOST_PATIENCE)
+        elif not self.microbatches:
+            self._patience = 1
         decisions: list[Decision] = []
-        for microbatch in [m for m in self.microbatches.values() if now_s - m.sent_at_s > self._step_timeout_s]:
+        for microbatch in late:
             decisions += self._abandon(microbatch, MissReason.CACHE, "no answer in time")
         return decisions + (self.form(now_s) if decisions else [])
 
@@ -249,6 +273,7 @@ class Scheduler:
     def _send(self, microbatch: Microbatch, now_s: float) -> Send:
         microbatch.step += 1
         microbatch.sent_at_s = now_s
+        microbatch.timeout_s = self._step_timeout_s * self._patience
         microbatch.parts = self._parts(microbatch.rows)
         step = Step(
             plan=self._plan.digest,
@@ -260,7 +285,7 @@ class Scheduler:
             rows=microbatch.parts,
             release=tuple(microbatch.released),
             alone=microbatch.alone,
-            ttl_s=self._step_timeout_s,
+            ttl_s=microbatch.timeout_s,
             tokens=tuple(
                 token for p in microbatch.parts for token in self.rows[p.row].tokens(p.start, p.start + p.count)
             ),
@@ -283,16 +308,22 @@ class Scheduler:
             if count
         )
 
-    def _abandon(self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "") -> list[Decision]:
+    def _abandon(
+        self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "", stage: int = -1
+    ) -> list[Decision]:
+        if not microbatch.route:  # who computes it yet is not known
+            self._given_up[microbatch.number] = tuple((row.number, row.epoch) for row in microbatch.rows)
+            if len(self._given_up) > MOST_GIVEN_UP:
+                self._given_up.popitem(last=False)
         decisions: list[Decision] = []
         for row in list(microbatch.rows):
-            miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=reason, detail=detail)
+            miss = Miss(row=row.number, epoch=row.epoch, stage=stage, reason=reason, detail=detail)
             decisions += self._give_up(microbatch, row, miss)
         return decisions + self._close(microbatch, without=without)
 
     def _forget_stale(self, end: StepDone) -> list[Decision]:
-        """What a trip left behind that was given up as overdue and came through all the same."""
-        rows = tuple((sampled.row, sampled.epoch) for sampled in end.sampled)
+        """What a trip left behind that was given up and came through all the same."""
+        rows = self._given_up.get(end.microbatch, ())
         release = Release(plan=self._plan.digest, owner=self._owner, rows=rows)
         return [Forget(queue, release) for queue in dict.fromkeys(end.route)] if rows else []
 
@@ -304,4 +335,4 @@ class Scheduler:
         if not microbatch.released:
             return []
         release = Release(plan=self._plan.digest, owner=self._owner, rows=tuple(microbatch.released))
-        return [Forget(queue, release) for queue in dict.fromkeys(microbatch.route)]
+        return [Forget(queue, release) for queue in dict.fromkeys(microbatch.workers)]

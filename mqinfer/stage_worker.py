@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
-from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step
+from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step, StepTaken
 from mqinfer.observe import WORKER_DRAINED, emit
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
@@ -190,10 +190,16 @@ class WorkerSession:
             await taken.delivery.ack()
             return False
         if self._has_room(taken.step):
+            await self._tell_taken(taken.step)
             return True
         await self._inbox.stop_until(lambda: self._has_room(taken.step))
         await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
         return False
+
+    async def _tell_taken(self, step: Step) -> None:
+        """Before it is computed: a stage's only worker that dies of it has no peer who would see it redelivered."""
+        told = StepTaken(plan=step.plan, microbatch=step.microbatch, number=step.number, worker=self._queue.name)
+        await self._to_owner(step.owner, encode(told))
 
     def _has_room(self, step: Step) -> bool:
         """An empty worker takes anything: what does not fit it then never will, and its owner is told."""

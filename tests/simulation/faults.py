@@ -31,8 +31,8 @@ def cancel_job(world: World, actor: Actor) -> None:
     actor.retired = True
     world.kill(actor)
     disk = world.disks[world.actors["producer"].index(actor)]
-    if job := disk.ticket.get("job"):
-        _delete(world, results(str(job)).name)
+    for job in disk.jobs:
+        _delete(world, results(job).name)
 
 
 def _delete(world: World, name: str) -> None:

@@ -40,6 +40,8 @@ class Disk:
 
     rows: list[bytes] = field(default_factory=list)
     ticket: dict[str, object] = field(default_factory=dict)
+    #: Every job that was begun for it.
+    jobs: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -78,7 +80,8 @@ class MemoryTicket(Ticket):
     def open(cls, disk: Disk, plan: Plan) -> MemoryTicket:
         """The one of an earlier run, or a new one."""
         if not disk.ticket:
-            return cls(None, new_id("job"), plan.digest, disk=disk)
+            disk.jobs.append(new_id("job"))
+            return cls(None, disk.jobs[-1], plan.digest, disk=disk)
         return cls(None, str(disk.ticket["job"]), plan.digest, int(str(disk.ticket["enqueued"])), disk=disk)
 
     def save(self) -> None:

@@ -65,6 +65,7 @@ class Network:
     alarmed: bool = False
     #: Publishes that the broker does not read while it is short of memory.
     held: list[Callable[[], None]] = field(default_factory=list)
+    duplicates: int = 0
     declared_s: dict[str, float] = field(default_factory=dict)
     context: Context = field(default_factory=copy_context)
 
@@ -85,7 +86,7 @@ class Network:
         late_s = self.random.uniform(0, self.weather.late_s) if self.random.random() < self.weather.late else 0.0
         return self.weather.latency_s * (0.5 + self.random.random()) + late_s
 
-    def at_broker(self, when_s: float, do: Callable[[], None]) -> None:
+    def at_broker(self, when_s: float, do: Callable[[], object]) -> None:
         """Let the broker do it then."""
         self.loop.call_at(when_s, do, context=self.context)
 
@@ -93,6 +94,18 @@ class Network:
         """Route a message as the broker does; False where the queue does not exist."""
         self.watch(queue, message.body)
         return self.broker.route(queue, message)
+
+    def enter_again(self, queue: str, message: Message) -> None:
+        """The same message comes a second time, a little later."""
+        again = Message(
+            body=message.body,
+            headers=message.headers,
+            persistent=message.persistent,
+            priority=message.priority,
+            ttl_s=message.ttl_s,
+        )
+        self.duplicates += 1
+        self.at_broker(self.loop.time() + self.random.uniform(0, 3), lambda: self.enter(queue, again))
 
     def crash(self) -> None:
         """The broker dies: links are lost, transient messages are gone, what was unsettled is ready again."""
@@ -244,10 +257,7 @@ class SimTransport:
         def route() -> None:
             routed = network.enter(queue, message)
             if routed and network.random.random() < network.weather.duplicated:
-                again = Message(
-                    body=body, headers=message.headers, persistent=persistent, priority=priority, ttl_s=ttl_s
-                )
-                network.at_broker(network.loop.time() + network.random.uniform(0, 3), lambda: _void(network.enter(queue, again)))
+                network.enter_again(queue, message)
             error = None if routed else Unroutable(f"the queue {queue} does not exist")
             self._answer(confirm, PUBLISH, None, error)
 
@@ -420,8 +430,7 @@ class SimTransport:
         self.network.loop.call_at(self._arrival_s("back", connection), arrive, context=self.process.context)
 
     def _arrival_s(self, side: str, connection: int) -> float:
-        # A little later than the one before: timers of the same moment fire in any order.
-        arrives_s = max(self._arrives_s[side, connection] + 1e-7, self.network.loop.time() + self.network.delay_s())
+        arrives_s = max(self._arrives_s[side, connection], self.network.loop.time() + self.network.delay_s())
         self._arrives_s[side, connection] = arrives_s
         return arrives_s
 
@@ -448,6 +457,3 @@ def _now(coroutine: Coroutine[Any, Any, T]) -> T:
         result: T = stop.value
         return result
 
-
-def _void(_: object) -> None:
-    """An answer that nobody waits for."""

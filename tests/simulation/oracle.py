@@ -59,6 +59,11 @@ class Oracle:
     poison_kills: Counter[str] = field(default_factory=Counter)
     #: Workers that went without a word, but for those that a poison killed: each may be held against its rows.
     deaths: int = 0
+    coordinators_lost: int = 0
+    #: Messages that the network brought twice: each may kill once more.
+    duplicates: int = 0
+    #: Rows that were given up because their step took too long: it may kill yet.
+    overdue: int = 0
     #: How often a request was published anew to `requests`, or came back twice: each copy is a lease by right.
     copies: Counter[str] = field(default_factory=Counter)
     #: Stands for all messages that entered a queue.
@@ -139,8 +144,10 @@ class Oracle:
                 self.complain(f"{name} {self.poisons[name].what} and was answered")
             return
         self.counts["failures"] += 1
-        # A poison's kills make others suspects at most; the last blame is each row's own, in quarantine.
-        deaths = self.deaths + min(self.poison_kills.total(), DEATHS_TO_BLAME - 1)
+        # A poison's kills make others suspects at most; the last blame is each row's own, in quarantine. Only a second
+        # poison, not suspected yet, can kill the worker that a quarantined row is on.
+        kills = self.poison_kills.total()
+        deaths = self.deaths + (kills if len(self.poison_kills) > 1 else min(kills, DEATHS_TO_BLAME - 1))
         if name not in self.poisons and deaths < DEATHS_TO_BLAME:
             self.counts["unexpected"] += 1
             self.complain(f"{name} failed after {deaths} deaths: {error}")
@@ -166,7 +173,8 @@ class Oracle:
     def judge_poison(self) -> None:
         """A row that kills takes no more than three workers with it for each time it was asked."""
         for request, kills in self.poison_kills.items():
-            allowed = DEATHS_TO_BLAME * max(self.copies[request], 1)
+            begun = max(self.copies[request], 1) + self.coordinators_lost  # what was not kept yet is forgotten
+            allowed = DEATHS_TO_BLAME * begun + self.duplicates + self.overdue
             if kills > allowed:
                 self.complain(f"{request} killed {kills} workers")
 

@@ -8,7 +8,7 @@ import random
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from random import Random
@@ -20,7 +20,8 @@ from simulation.scenario import draw
 from simulation.virtual import Stalled
 from simulation.world import World
 
-from mqinfer import coordinator, queues, stage_worker
+from mqinfer import coordinator, observe, queues, stage_worker
+from mqinfer.messages import MissReason
 
 #: What earlier runs left unfinished; if it were collected, killed processes would run their `finally`.
 _graveyard: list[object] = []
@@ -44,7 +45,7 @@ def run_seed(seed: int) -> Verdict:
     with _seeded(seed):
         world = World(draw(seed))
         _graveyard.append(world)
-        with _sessions_told(world):
+        with _sessions_told(world), _events_told(world):
             try:
                 world.loop.run_until_complete(world.live())
             except Stalled:
@@ -73,6 +74,16 @@ def _sessions_told(world: World) -> Iterator[None]:
         for module, name in ((coordinator, "CoordinatorSession"), (stage_worker, "WorkerSession")):
             stack.enter_context(mock.patch.object(module, name, _told(getattr(module, name), world)))
         yield
+
+
+@contextmanager
+def _events_told(world: World) -> Iterator[None]:
+    def hear(event: str, fields: Mapping[str, Any]) -> None:
+        world.oracle.overdue += event == observe.ROW_REPLAYED and fields["reason"] == MissReason.CACHE
+
+    remove = observe.add_sink(hear)
+    yield
+    remove()
 
 
 def _told(kind: Any, world: World) -> Any:

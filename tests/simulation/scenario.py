@@ -92,14 +92,14 @@ FAULTS: dict[str, float] = {
 def draw(seed: int) -> Scenario:
     """The scenario of a seed."""
     random = Random(f"scenario {seed}")
-    stages = random.choice((1, 2, 2, 3, 3, 4, 5, 6))
-    heartbeat_s = random.choice((2.0, 5.0))
-    faulty_s = random.uniform(4, 25)
+    stages = random.choice((1, 1, 2, 2, 2, 3, 3, 4, 5, 6))
+    heartbeat_s = random.choice((1.0, 3.0))
+    faulty_s = random.uniform(3, 15)
     faults = _faults(random, faulty_s)
     longest_s = max((f.number for f in faults if f.kind in ("pause", "alarm", "crash broker")), default=0.0)
     impatient = random.random() < 0.2 and not any(fault.kind == "alarm" for fault in faults)
-    timeout_s = random.uniform(4, 8) if impatient else None
-    step_timeout_s = random.uniform(6, 30)
+    timeout_s = random.uniform(9, 15) if impatient else None
+    step_timeout_s = random.uniform(4, 8)
     return Scenario(
         seed=seed,
         workers=[_workers(random) for _ in range(stages)],
@@ -114,24 +114,24 @@ def draw(seed: int) -> Scenario:
         step_tokens=random.choice((4, 16, 256)),
         open_trips=random.choice((4, 256)),
         checkpoint_s=random.choice((0.3, 1.0, 5.0)),
-        lease_s=min(random.choice((1.0, 3.0, 30.0)), timeout_s / 4 if timeout_s else 30.0),
-        probe_s=random.choice((1.0, 2.0)),
+        lease_s=min(random.choice((1.0, 3.0, 30.0)), timeout_s / 6 if timeout_s else 30.0),
+        probe_s=random.choice((0.5, 1.0, 2.0)),
         step_timeout_s=step_timeout_s,
-        idle_s=step_timeout_s + random.uniform(5, 20),
+        idle_s=step_timeout_s + random.uniform(1, 4),
         drain_s=random.choice((0.0, 1.0, 5.0)),
         codec=random.choice(("raw", "raw", "raw", "lossless")),
     )
 
 
 def _workers(random: Random) -> list[float]:
-    count = random.choice((1, 1, 1, 2, 2, 3, 4))
+    count = random.choice((1, 1, 1, 1, 2, 2, 3, 4))
     return [random.uniform(0.02, 0.3) * random.choice((1, 1, 3)) for _ in range(count)]
 
 
 def _jobs(random: Random, faulty_s: float) -> list[Job]:
     jobs = []
-    for _ in range(random.choice((1, 1, 1, 2, 3))):
-        prompts = [_prompt(random) for _ in range(random.randint(1, 8))]
+    for _ in range(random.choice((1, 1, 1, 1, 2, 3))):
+        prompts = [_prompt(random) for _ in range(random.randint(1, random.choice((3, 8))))]
         starts_s = random.uniform(0, faulty_s / 2)
         cancelled_s = starts_s + random.uniform(0, faulty_s / 2) if random.random() < 0.1 else None
         jobs.append(Job(prompts, starts_s, random.choice((2, 8, 64)), cancelled_s))
@@ -139,7 +139,7 @@ def _jobs(random: Random, faulty_s: float) -> list[Job]:
 
 
 def _prompt(random: Random) -> Prompt:
-    length, max_tokens = random.randint(1, random.choice((4, 12, 30))), random.randint(1, random.choice((3, 8, 16)))
+    length, max_tokens = random.randint(1, random.choice((4, 12, 90))), random.randint(1, random.choice((3, 6, 12)))
     poison = random.choice(("raises", "kills")) if random.random() < 0.01 else ""
     return Prompt(length, max_tokens, poison, random.randint(0, length + max_tokens - 2))
 
@@ -152,7 +152,7 @@ def _weather(random: Random, heartbeat_s: float, consumer_timeout_s: float | Non
         reordered=random.choice((0.0, 0.01, 0.05)) if rough else 0.0,
         duplicated=random.choice((0.0, 0.01, 0.05)) if rough else 0.0,
         heartbeat_s=heartbeat_s,
-        timeout_s=random.uniform(3, 10),
+        timeout_s=random.uniform(2, 6),
         consumer_timeout_s=consumer_timeout_s,
         forgets_new_queues=random.random() < 0.2,
     )
@@ -164,9 +164,9 @@ def _faults(random: Random, faulty_s: float) -> list[Fault]:
     count = random.choice((0, 1, 2, 3, 4, 6))
     drawn = random.choices(kinds, weights, k=count)
     length: dict[str, Callable[[], float]] = {
-        "pause": lambda: random.choice((0.5, 3.0, 8.0, 20.0)) * random.uniform(0.5, 1.5),
-        "alarm": lambda: random.uniform(0.5, 15),
-        "crash broker": lambda: random.uniform(0.2, 6),
+        "pause": lambda: random.choice((0.3, 2.0, 5.0, 8.0)) * random.uniform(0.5, 1.5),
+        "alarm": lambda: random.uniform(0.5, 8),
+        "crash broker": lambda: random.uniform(0.2, 4),
     }
     return sorted(
         (

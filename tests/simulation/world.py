@@ -16,7 +16,7 @@ from simulation.model import FIRST_TOKEN, VOCABULARY, SimEngine, SimModel, Truth
 from simulation.network import Network, SimTransport
 from simulation.oracle import Oracle, Poison
 from simulation.scenario import Job, Scenario
-from simulation.virtual import PROCESS, Process, State, Task, VirtualLoop
+from simulation.virtual import PROCESS, Process, State, VirtualLoop
 
 from mqinfer.coordinator import Coordinator, CoordinatorSession
 from mqinfer.errors import Refused
@@ -24,7 +24,7 @@ from mqinfer.queues import Topology
 from mqinfer.settings import CoordinatorSettings, WorkerSettings
 from mqinfer.stage_compute import StageCompute
 from mqinfer.stage_inbox import OWN_PREFETCH
-from mqinfer.stage_worker import StageWorker, WorkerSession
+from mqinfer.stage_worker import IDLE_ROUND_S, StageWorker, WorkerSession
 
 #: When everything is mended, all jobs are done within this: four looks of a stalled batch, leases, replays.
 PATIENCE_S = 1200.0
@@ -209,7 +209,9 @@ class World:
         if actor in self.actors["worker"] and not link.closed_in_order and not actor.poisoned:
             self.oracle.deaths += 1
         if actor in self.actors["coordinator"]:
-            self.oracle.leases_lost([delivery.body for delivery in link.server.unsettled])
+            self.oracle.coordinators_lost += not link.closed_in_order
+            ready = [m.body for queue in self.network.broker.queues() if ".leases." in queue.spec.name for _, m in queue.ready]
+            self.oracle.leases_lost([*(delivery.body for delivery in link.server.unsettled), *ready])
 
     def _unhandled(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.oracle.complain(f"unhandled: {context.get('message')} {_told(context.get('exception'))}")
@@ -234,7 +236,9 @@ class World:
         await asyncio.sleep(self.scenario.healed_s)
         self.network.calm_weather()
         await self._until(lambda: all(a.retired for a in self.actors["producer"]), PATIENCE_S, "jobs are not done")
-        await asyncio.sleep(2 * self.scenario.idle_s + 10)
+        await self._until(lambda: not self._work_left(), PATIENCE_S, "no end of work")
+        # A step that was given up may be computed until it expires; what that leaves is forgotten when idle.
+        await asyncio.sleep(self.scenario.step_timeout_s + self.scenario.idle_s + 2 * IDLE_ROUND_S)
         self._judge_idle()
         actors = [*self.actors["coordinator"], *self.actors["worker"]]
         for actor in actors:
@@ -259,12 +263,22 @@ class World:
 
     # -- judgement -------------------------------------------------------------------------------
 
+    @staticmethod
+    def _held(actor: Actor) -> int:
+        return len(actor.session._held) if isinstance(actor.session, CoordinatorSession) and actor.lives else 0
+
+    def _work_left(self) -> bool:
+        """Whether some request is held or waits: a copy of one that is answered, or of a job that was given up."""
+        ready = any(q.ready for q in self.network.broker.queues() if q.spec.name != self.topology.dead.name)
+        return ready or any(self._held(actor) for actor in self.actors["coordinator"])
+
     def _tick(self) -> None:
+        self._moved.set()
         self.network.tick()
         most = self.scenario.rows + max(self.scenario.rows // 8, 1)
         for actor in self.actors["coordinator"]:
-            if isinstance(actor.session, CoordinatorSession) and len(actor.session._held) > most:
-                self.oracle.complain(f"{actor.name} holds {len(actor.session._held)} requests, {most} are allowed")
+            if self._held(actor) > most:
+                self.oracle.complain(f"{actor.name} holds {self._held(actor)} requests, {most} are allowed")
         for actor in self.actors["worker"]:
             if isinstance(actor.session, WorkerSession) and len(actor.session._inbox.own) > OWN_PREFETCH:
                 self.oracle.complain(f"{actor.name} has more than {OWN_PREFETCH} steps at hand")
@@ -274,12 +288,9 @@ class World:
         for actor in self.actors["worker"]:
             if actor.lives and actor.engine is not None and len(actor.engine.cache):
                 self.oracle.complain(f"{actor.name} still keeps {len(actor.engine.cache)} rows")
-        for actor in self.actors["coordinator"]:
-            if actor.lives and isinstance(actor.session, CoordinatorSession) and actor.session._held:
-                self.oracle.complain(f"{actor.name} still holds {len(actor.session._held)} leases")
         for actors in self.actors.values():
             for actor in actors:
-                tasks = [t for t in asyncio.all_tasks(self.loop) if isinstance(t, Task) and t.process is actor.process]
+                tasks = [task for task in self.loop.tasks if task.process is actor.process and not task.done()]
                 if actor.lives and len(tasks) > MOST_IDLE_TASKS:
                     self.oracle.complain(f"{actor.name} has {len(tasks)} tasks when idle")
 
@@ -296,13 +307,14 @@ class World:
         for names, disk, job in zip(self.asked, self.disks, self.scenario.jobs, strict=True):
             if job.cancelled_s is None:
                 self.oracle.judge_rows(names, disk.rows)
+        self.oracle.duplicates = self.network.duplicates
         self.oracle.judge_leases()
         self.oracle.judge_poison()
 
     def _is_cancelled(self, queue: str) -> bool:
         """Whether it has the results of a job that its owner gave up."""
         jobs = zip(self.scenario.jobs, self.disks, strict=True)
-        return any(job.cancelled_s is not None and queue.endswith(str(disk.ticket.get("job"))) for job, disk in jobs)
+        return any(job.cancelled_s is not None and queue.rpartition(".")[2] in disk.jobs for job, disk in jobs)
 
 
 def _told(error: BaseException | None) -> str:

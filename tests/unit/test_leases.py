@@ -218,15 +218,17 @@ class Taker:
         self.limit = limit
         self.held: list[Lease] = []
         self.most = 0
-        self.intake = Intake(transport, REQUESTS.name, limit, self._arrived)
+        self.intake = Intake(transport, REQUESTS.name, limit, self._arrived, self._count)
 
     def _arrived(self, delivery: Delivery, round_: int) -> None:
         self.held.append(Lease(delivery, round_, 0.0))
         self.most = max(self.most, len(self.held))
 
+    def _count(self, round_: int) -> tuple[int, int]:
+        return len(self.held), sum(lease.round == round_ for lease in self.held)
+
     async def tune(self) -> None:
-        of_round = sum(lease.round == self.intake.round for lease in self.held)
-        await self.intake.tune(len(self.held), of_round)
+        await self.intake.tune()
 
     async def settle(self, count: int) -> None:
         for _ in range(min(count, len(self.held))):

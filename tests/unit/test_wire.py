@@ -31,6 +31,7 @@ from mqinfer.messages import (
     Sampling,
     Step,
     StepDone,
+    StepTaken,
     TokenLogprob,
 )
 from mqinfer.wire import MAX_BODY_BYTES, MAX_HEADER_BYTES, PREFIX_BYTES, decode, encode
@@ -79,6 +80,7 @@ GOLDEN: dict[str, Message] = {
     "step-tokens": STEP,
     "step-hidden": replace(STEP, stage=1, tokens=(), hidden=HIDDEN, misses=(MISS,), alone=False, closing=True),
     "step-expiring": replace(STEP, ttl_s=90.0),
+    "step-taken": StepTaken(plan=PLAN, microbatch=3, number=0, worker="mqinfer.demo.worker.w-1"),
     "step-done": StepDone(
         plan=PLAN,
         microbatch=3,
@@ -188,6 +190,7 @@ messages = st.one_of(
         sampling=samplings,
         failures=numbers,
     ),
+    st.builds(StepTaken, plan=texts, microbatch=numbers, number=numbers, worker=texts),
     st.builds(
         StepDone,
         plan=texts,
