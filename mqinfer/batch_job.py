@@ -59,7 +59,7 @@ class BatchJob:
         return self._fed and not self._flying
 
     async def run(self, connect: Connect, stop: asyncio.Event) -> None:
-        """Until every line has its row or `stop` is set. Raises: Refused; OSError or RequestError in a group."""
+        """Until every line has its row or `stop` is set. Raises: Refused; OutputError or RequestError in a group."""
 
         async def session(transport: Transport) -> None:
             self._flying = {number for number in self._flying if not self._rows.has(number, None)}
@@ -127,7 +127,7 @@ class BatchJob:
                 continue
             seen = await survey.take(transport, self._plan)
             self._rows.progress.note = seen.complaint()
-            gone = not (seen.requests and seen.requests.ready) and not seen.in_flight() and not await producer.waiting()
+            gone = seen.holds_nothing() and not await producer.waiting()
             looks = looks + 1 if gone else 0
             if looks >= STALL_LOOKS:
                 looks = 0
@@ -195,7 +195,7 @@ async def collect(job: str, rows: Rows, connect: Connect, stop: asyncio.Event, *
     """Write a detached job's results; True when all of them have come and the job is forgotten.
 
     With `wait` until then or until `stop` is set, otherwise only what is there.
-    Raises: Refused; Unroutable (in a group) where the job does not exist.
+    Raises: Refused; OutputError, Unroutable (in a group) where the job does not exist.
     """
     whole = False
     topology = Topology("collect")  # of a pipeline that need not be known: only for dead letters

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from mqinfer.batch_files import fingerprint, lines_digest
-from mqinfer.errors import SettingsError
+from mqinfer.errors import OutputError, SettingsError
 
 
 class OutputFile:
@@ -27,18 +29,45 @@ class OutputFile:
         self.lines: set[int] = set()
         self.answered = 0
         self.failed = 0
+        #: Why nothing more can be written; "" while all is well.
+        self._broken = ""
         try:
             if path.exists():
                 self._read(retry_errors)
-            self._file: BinaryIO = path.open("ab")
+            self._file = FileIO(path, "ab")
+            self._end = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise SettingsError(f"can't write {path}: {error.strerror}") from error
 
     def append(self, rows: list[bytes]) -> None:
-        """Returns when the rows are on disk. Raises: OSError."""
-        self._file.write(b"".join(rows))
-        self._file.flush()
+        """Returns when the rows are on disk.
+
+        Raises: OutputError; then none of these rows is to be taken as written, the file ends with the row before
+        them as far as the disk allows, and nothing is ever appended to it again.
+        """
+        if self._broken:
+            raise OutputError(self._broken)
+        data = b"".join(rows)
+        try:
+            with _going_on(self.path):
+                self._write(data)
+        except OutputError as error:
+            self._broken = str(error)
+            self._take_back(len(data))
+            raise
+        self._end += len(data)
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
         os.fsync(self._file.fileno())
+
+    def _take_back(self, most_bytes: int) -> None:
+        """What came of the last write. Where even that fails, the next run cuts the torn line off."""
+        with suppress(OSError):
+            if self._end < os.fstat(self._file.fileno()).st_size <= self._end + most_bytes:
+                self._file.truncate(self._end)
 
     def close(self) -> None:
         """Idempotent."""
@@ -108,27 +137,44 @@ class Ticket:
         """The ticket of an earlier run that this run goes on with, or a new one for `job`; and an abandoned job.
 
         The second is the job of an earlier run with another plan or changed prompts, "" where there is none.
+        Raises: SettingsError where there is a ticket that can't be read: a new job would do its work again.
         """
         path = output.with_name(output.name + ".job")
         fresh = cls(path, job, plan, digest=lines_digest(prompts, 0))
         try:
             old = cls(path, **json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError):
             return fresh, ""
+        except OSError as error:
+            raise SettingsError(f"can't read {path}: {error.strerror or error}") from error
         if old.plan == plan and lines_digest(prompts, old.enqueued) == old.digest:
             return old, ""
         return fresh, old.job
 
     def save(self) -> None:
-        """Raises: OSError."""
+        """Raises: OutputError; the ticket is as it was then."""
         if self.path is None:
             return
         new = self.path.with_name(self.path.name + ".new")
         fields = {"job": self.job, "plan": self.plan, "enqueued": self.enqueued, "digest": self.digest}
-        new.write_text(json.dumps(fields))
-        new.replace(self.path)
+        with _going_on(self.path):
+            new.write_text(json.dumps(fields))
+            new.replace(self.path)
 
     def remove(self) -> None:
-        """The job is over."""
+        """The job is over. Raises: OutputError."""
         if self.path is not None:
-            self.path.unlink(missing_ok=True)
+            with _going_on(self.path):
+                self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _going_on(path: Path) -> Iterator[None]:
+    """A disk that is full or gone becomes a sentence that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"can't write {path}: {error.strerror or error}. What it holds is whole, the rest of the results waits: "
+            "make room or bring the disk back, then run the same command again"
+        ) from error

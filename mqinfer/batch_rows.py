@@ -74,7 +74,7 @@ class Rows:
         return number in self._done or (custom_id is not None and fingerprint(custom_id) in self._output.ids)
 
     async def land(self, arrivals: Sequence[Arrival]) -> list[int]:
-        """Write the results that are new, then ack them all; the numbers of their lines. Raises: OSError."""
+        """Write the results that are new, then ack them all; the numbers of their lines. Raises: OutputError."""
         results = [arrival.message for arrival in arrivals if isinstance(arrival.message, Result)]
         tagged = [(tag, result) for result in results if (tag := _tag(result)) is not None]
         await asyncio.shield(self._write_results(tagged))
@@ -87,7 +87,7 @@ class Rows:
         return [tag.number for tag, _ in tagged]
 
     async def refuse(self, refusals: Sequence[Refusal]) -> None:
-        """Write error rows for lines that can't be asked for. Raises: OSError."""
+        """Write error rows for lines that can't be asked for. Raises: OutputError."""
         await asyncio.shield(self._write_refusals(refusals))
 
     async def settle(self) -> None:

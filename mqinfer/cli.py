@@ -1,24 +1,22 @@
 """The command line: reads flags, calls `commands`, turns errors into a sentence and an exit code. Nothing else.
 
 What a command needs is imported when it runs, so that `--help` is there at once, and so that a command without compute
-can say so (`hide_torch`) before transformers looks for torch.
+can say so (`hide_torch`) before transformers looks for torch. Commands on queues and dead letters are cli_queues.py.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
 from mqinfer import __version__, flags
+from mqinfer.cli_queues import dead_app, queues_app
 from mqinfer.errors import MqinferError, SettingsError
-from mqinfer.running import INTERRUPTED, Command, finish, unless_stopped
-
-if TYPE_CHECKING:
-    from mqinfer.settings import S, Settings
+from mqinfer.launch import hide_torch, load_settings, operator, run
+from mqinfer.running import unless_stopped
 
 app = typer.Typer(
     name="mqinfer",
@@ -28,10 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-queues_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Declare, purge or delete the queues of a pipeline."
-)
 app.add_typer(queues_app, name="queues")
+app.add_typer(dead_app, name="dead")
 
 
 def _version(asked: bool) -> None:
@@ -74,7 +70,7 @@ def plan(
     """
     from mqinfer import commands
 
-    _hide_torch()
+    hide_torch()
     commands.make_plan(model, stages=stages, cut=cut, dtype=dtype, name=name, revision=revision, output=output)
 
 
@@ -108,7 +104,7 @@ def batch(
 
     \b
       0    every line has a result
-      2    it could not be begun
+      2    it could not be begun, or the output can't be written: when it can, run it again
       3    some rows are errors
       130  stopped by Ctrl-C
 
@@ -122,7 +118,9 @@ def batch(
     from mqinfer.settings import BatchSettings, WorkerSettings, load
 
     given = {"broker": broker, "pipeline": pipeline, "window": window, "max_tokens": max_tokens}
-    settings = _load(BatchSettings, config, **given, temperature=temperature, log_level=log_level, log_json=log_json)
+    settings = load_settings(
+        BatchSettings, config, **given, temperature=temperature, log_level=log_level, log_json=log_json
+    )
     here = not detach and broker is None and (model is not None or "broker" not in settings.model_fields_set)
     worker = load(WorkerSettings, file=config, device=device, kv_bytes=kv_bytes, threads=threads, codec="raw")
     if not here and (stages, dtype, device, kv_bytes, threads) != (None,) * 5:
@@ -134,14 +132,14 @@ def batch(
     if (output is None) != detach:
         raise SettingsError("say where the results go: either -o FILE or --detach")
     if output is None:
-        _run(lambda stop: commands.detach(prompts, settings, model, stop=stop))
+        run(lambda stop: commands.detach(prompts, settings, model, stop=stop))
     elif here:
         local = commands.Local(settings.pipeline if model is None else pipeline, model, stages, dtype)
         job = partial(commands.batch_here, prompts, output, settings, worker, local, retry_errors=retry_errors)
-        _run(lambda stop: job(stop=stop), with_torch=True)
+        run(lambda stop: job(stop=stop), with_torch=True)
     else:
         job = partial(commands.batch_over_broker, prompts, output, settings, model, retry_errors=retry_errors)
-        _run(lambda stop: job(stop=stop))
+        run(lambda stop: job(stop=stop))
 
 
 @app.command()
@@ -166,8 +164,8 @@ def results(
     from mqinfer.settings import BatchSettings
 
     given = {"broker": broker, "pipeline": pipeline, "log_level": log_level, "log_json": log_json}
-    settings = _load(BatchSettings, config, **given)
-    _run(lambda stop: commands.results(job, output, settings, wait=wait, stop=stop))
+    settings = load_settings(BatchSettings, config, **given)
+    run(lambda stop: commands.results(job, output, settings, wait=wait, stop=stop))
 
 
 @app.command()
@@ -196,8 +194,8 @@ def worker(
     from mqinfer.settings import WorkerSettings
 
     given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
-    settings = _load(WorkerSettings, config, **given, codec=codec, log_level=log_level, log_json=log_json)
-    _run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
+    settings = load_settings(WorkerSettings, config, **given, codec=codec, log_level=log_level, log_json=log_json)
+    run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
 
 
 @app.command()
@@ -221,8 +219,8 @@ def coordinator(
     from mqinfer.settings import CoordinatorSettings
 
     given = {"pipeline": pipeline, "broker": broker, "rows": rows, "log_level": log_level, "log_json": log_json}
-    settings = _load(CoordinatorSettings, config, **given)
-    _run(lambda stop: commands.coordinator(settings, model, stop=stop), stopped=0)
+    settings = load_settings(CoordinatorSettings, config, **given)
+    run(lambda stop: commands.coordinator(settings, model, stop=stop), stopped=0)
 
 
 @app.command()
@@ -234,97 +232,10 @@ def status(pipeline: flags.Pipeline = None, broker: flags.Broker = None, config:
     \b
       mqinfer status -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
-    from mqinfer import commands
+    from mqinfer import operate
 
-    settings = _operator(config, pipeline, broker)
-    _run(lambda stop: unless_stopped(stop, commands.status(settings)))
-
-
-@queues_app.command("declare")
-def queues_declare(pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None) -> None:
-    """Make the queues of a pipeline.
-
-    Actors do it too; this is for checking what the broker allows. Example:
-
-    \b
-      mqinfer queues declare -p pipeline.toml --broker amqp://guest:guest@localhost/
-    """
-    from mqinfer import commands
-
-    settings = _operator(config, pipeline, broker)
-    _run(lambda stop: unless_stopped(stop, commands.queues_declare(settings)))
-
-
-@queues_app.command("purge")
-def queues_purge(
-    pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None, yes: flags.Yes = False
-) -> None:
-    """Throw away what waits in a pipeline's queues.
-
-    That is every request nobody has begun with, and every dead letter. Results of jobs stay. Example:
-
-    \b
-      mqinfer queues purge -p pipeline.toml --broker amqp://guest:guest@localhost/
-    """
-    _empty(_operator(config, pipeline, broker), delete=False, yes=yes)
-
-
-@queues_app.command("delete")
-def queues_delete(
-    pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None, yes: flags.Yes = False
-) -> None:
-    """Delete a pipeline's queues with what is in them.
-
-    Results of jobs stay. Actors that run make the queues anew. Example:
-
-    \b
-      mqinfer queues delete -p pipeline.toml --broker amqp://guest:guest@localhost/
-    """
-    _empty(_operator(config, pipeline, broker), delete=True, yes=yes)
-
-
-def _empty(settings: Settings, *, delete: bool, yes: bool) -> None:
-    from mqinfer import commands
-
-    found = finish(lambda stop: unless_stopped(stop, commands.queues_contents(settings)))
-    losing = {name: state for name, state in found.items() if state.ready or (delete and state.consumers)}
-    for name, state in losing.items():
-        used = ", and what its consumers hold" if delete and state.consumers else ""
-        typer.echo(f"{name}: {state.ready} messages{used}", err=True)
-    if losing and not yes:
-        # Not inside an event loop: it would keep Ctrl-C from the prompt.
-        typer.confirm("Lose them?", abort=True, err=True)
-    if not found:
-        typer.echo("there are no such queues", err=True)
-    _run(lambda stop: commands.queues_empty(settings, list(found), delete=delete))
-
-
-def _operator(config: Path | None, pipeline: Path | None, broker: str | None) -> Settings:
-    from mqinfer.settings import Settings
-
-    return _load(Settings, config, pipeline=pipeline, broker=broker)
-
-
-def _load(kind: type[S], config: Path | None, **given: Any) -> S:
-    from mqinfer.observe import log_to_stderr
-    from mqinfer.settings import load
-
-    settings = load(kind, file=config, **given)
-    log_to_stderr(level=settings.log_level, as_json=settings.log_json)
-    return settings
-
-
-def _run(command: Command[int], *, with_torch: bool = False, stopped: int = INTERRUPTED) -> NoReturn:
-    """Run to the end and exit with what the command returns, or with `stopped` if it ended before it had begun."""
-    if not with_torch:
-        _hide_torch()
-    raise typer.Exit(finish(command, stopped=stopped))
-
-
-def _hide_torch() -> None:
-    from mqinfer.tokenizer import hide_torch
-
-    hide_torch()
+    settings = operator(config, pipeline, broker)
+    run(lambda stop: unless_stopped(stop, operate.status(settings)))
 
 
 def main() -> None:

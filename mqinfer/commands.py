@@ -6,34 +6,33 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mqinfer import checkpoint, console, survey
+from mqinfer import checkpoint, console, systemd
 from mqinfer import plan as plans
 from mqinfer.batch_files import LineReader, count_lines
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
 from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
 from mqinfer.coordinator import Coordinator
-from mqinfer.errors import SettingsError, Unroutable
+from mqinfer.errors import SettingsError
 from mqinfer.link import Connect
 from mqinfer.observe import size
 from mqinfer.plan import Plan
-from mqinfer.queues import Topology, new_id
+from mqinfer.queues import new_id
 from mqinfer.running import INTERRUPTED, unless_stopped
 from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, WorkerSettings
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
-from mqinfer.transports.base import QueueState, Transport
+from mqinfer.transports.base import Transport
 
 if TYPE_CHECKING:
     from mqinfer.stage_compute import StageCompute
 
 #: Exit codes; also running.INTERRUPTED.
 ALL_ANSWERED, SOME_ERRORS, MORE_TO_COME = 0, 3, 4
-#: Between the two looks from which `status` takes its rates.
-STATUS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +249,9 @@ async def worker(settings: WorkerSettings, stage: int, model: str | None, *, sto
         raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
     await unless_stopped(stop, _reach(settings))
     compute = await unless_stopped(stop, asyncio.to_thread(_load_stage, plan, stage, model, settings))
-    await StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}")).run(stop)
+    serving = StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}"))
+    async with systemd.kept_informed(serving.pulse, stop):
+        await serving.run(stop)
     return 0
 
 
@@ -261,7 +262,7 @@ async def _reach(settings: Settings) -> None:
 
 
 def _load_stage(plan: Plan, stage: int, model: str | None, settings: WorkerSettings) -> StageCompute:
-    from mqinfer.stage_worker import load_compute
+    from mqinfer.stage_compute import load_compute
 
     folder = checkpoint.resolve(model or plan.model, plan.revision)
     checkpoint.verify(folder, plan)
@@ -273,45 +274,7 @@ async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop:
     """Coordinate. The exit code."""
     plan = read_plan(settings)
     tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
-    await Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator")).run(stop)
-    return 0
-
-
-async def status(settings: Settings) -> int:
-    """Print the table. The exit code."""
-    plan = read_plan(settings)
-    async with linked(settings, "status") as transport:
-        earlier = await survey.take(transport, plan)
-        await asyncio.sleep(STATUS_S)
-        later = await survey.take(transport, plan)
-    console.show_status(plan, earlier, later)
-    return 0
-
-
-async def queues_declare(settings: Settings) -> int:
-    """Make the queues that outlive every process. The exit code."""
-    plan = read_plan(settings)
-    async with linked(settings, "queues") as transport:
-        for spec in Topology(plan.name).shared(len(plan.stages)):
-            await transport.declare(spec)
-            console.out.print(spec.name)
-    return 0
-
-
-async def queues_contents(settings: Settings) -> dict[str, QueueState]:
-    """The queues that outlive every process, as far as they exist."""
-    plan = read_plan(settings)
-    async with linked(settings, "queues") as transport:
-        names = [spec.name for spec in Topology(plan.name).shared(len(plan.stages))]
-        states = {name: await transport.inspect(name) for name in names}
-    return {name: state for name, state in states.items() if state is not None}
-
-
-async def queues_empty(settings: Settings, names: Sequence[str], *, delete: bool) -> int:
-    """Purge or delete these queues. The exit code."""
-    async with linked(settings, "queues") as transport:
-        for name in names:
-            with contextlib.suppress(Unroutable):  # somebody else was quicker
-                lost = await (transport.delete(name) if delete else transport.purge(name))
-                console.out.print(f"{name}: {'deleted' if delete else 'purged'}, {lost} messages lost")
+    coordinating = Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator"))
+    async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
+        await coordinating.run(stop)
     return 0

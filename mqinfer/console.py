@@ -12,9 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mqinfer.batch_rows import Progress as JobProgress
 from mqinfer.checkpoint import StageCost
+from mqinfer.dead_letters import Letter
 from mqinfer.observe import STAGE_LOADED, add_sink, size
 from mqinfer.plan import Plan
 from mqinfer.survey import Rates, Survey
@@ -112,8 +114,38 @@ def _remarks(earlier: Survey, later: Survey) -> Iterator[str]:
         yield f"bound at stage {bound}: the others wait for it, its workers compute {busy:.0%} of the time"
     else:
         yield "nothing is under way"
+    if blocked_s := later.blocked_s():
+        yield f"the broker has blocked publishers for {blocked_s:.0f} s since they are linked: memory or disk alarm"
     if later.dead is not None and later.dead.ready:
-        yield "dead letters are bodies that nobody could read: their header `reason` says why"
+        yield "dead letters are bodies that nobody could use: `mqinfer dead list` says why"
+
+
+def show_dead(name: str, letters: Sequence[Letter], total: int) -> None:
+    """One line a dead letter, the oldest first."""
+    table = _table("number", "bytes", "kind", "from", "reason")
+    for column in table.columns[2:]:
+        column.justify = "left"
+    for letter in letters:
+        words = (letter.kind or "unreadable", letter.queue or "–", letter.reason or "–")
+        table.add_row(str(letter.number), size(letter.body_bytes), *map(Text, words))
+    show(f"{name}: {total} dead letters", table) if letters else say(f"{name}: no dead letters")
+    if letters and total > len(letters):
+        say(f"{total - len(letters)} more: give a higher --limit")
+
+
+def show_letter(letter: Letter) -> None:
+    """One fact a line."""
+    facts = {
+        "number": str(letter.number),
+        "reason": letter.reason or "–",
+        "from": letter.queue or "–",
+        "bytes": f"{letter.body_bytes:,}",
+        "kind": letter.kind or "unreadable",
+        **letter.facts(),
+        "begins with": letter.prefix().hex(" "),
+    }
+    for name, value in facts.items():
+        out.print(f"{name}: {value}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -15,11 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mqinfer import __version__
-from mqinfer.errors import RequestError, SettingsError, Unroutable, WireError
+from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone, StepTaken
 from mqinfer.observe import (
+    ACTOR_READY,
     COORDINATOR_DRAINED,
     REQUEST_ENDED,
     REQUEST_REFUSED,
@@ -36,6 +37,7 @@ from mqinfer.scheduler import Scheduler
 from mqinfer.settings import CoordinatorSettings
 from mqinfer.tokenizer import Tokenizer, find_stop
 from mqinfer.transports.base import Delivery, Transport
+from mqinfer.verdicts import DEAD_LETTERS, FAILURE_ROWS
 from mqinfer.wire import decode, encode
 
 #: How often leases are looked over for those that are due.
@@ -125,6 +127,7 @@ class CoordinatorSession:
         )
         await self._leases.open()
         await self._intake.tune()
+        emit(ACTOR_READY, actor=self._queue.name)
 
     # -- what comes in -------------------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class CoordinatorSession:
             self._unread[round_] -= round_ > 0
             try:
                 message = decode(delivery.body)
-            except WireError as error:
+            except DEAD_LETTERS as error:
                 await bury(self._transport, self._topology.dead, delivery, str(error))
                 continue
             match message:
@@ -170,7 +173,7 @@ class CoordinatorSession:
         lease = Lease(delivery, round_, now_s())
         try:
             check_request(request, self._plan)
-        except RequestError as error:
+        except FAILURE_ROWS as error:
             await self._refuse(request, lease, str(error))
             return
         self._ids.add(request.id)
@@ -195,6 +198,7 @@ class CoordinatorSession:
                 "rows": len(self._scheduler.rows),
                 "waiting": len(self._scheduler.waiting),
                 "microbatches": len(live),
+                "blocked_s": self._transport.blockage().total_s,
                 **self._counts,
             },
             facts={"version": __version__, "plan": self._plan.digest},

@@ -16,7 +16,8 @@ from mqinfer.link import Connect
 from mqinfer.plan import Plan
 from mqinfer.queues import new_id
 from mqinfer.settings import CoordinatorSettings, WorkerSettings
-from mqinfer.stage_worker import StageWorker, load_compute
+from mqinfer.stage_compute import load_compute
+from mqinfer.stage_worker import StageWorker
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Transport

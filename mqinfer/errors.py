@@ -1,20 +1,23 @@
-"""The tree of errors; each class says what becomes of the message that met it.
+"""The tree of errors; each class says what becomes of the message or the row that met it.
+
+The second column is the verdict, as in the table `verdicts.FATES`; its words are explained there.
 
 ::
 
     MqinferError
-    ├── SettingsError       the person who started the command is told; exit code 2
-    ├── PlanError           likewise: the plan can't be made, read or served here
-    ├── WireError           the body can't be read: dead-letter queue
-    ├── PlanMismatch        the body belongs to another plan: dead-letter queue
-    ├── RequestError        the request can't be answered: a failure row that says why
-    ├── CacheMiss           keys and values are gone: the coordinator replays the row
-    ├── ComputeError        the forward pass raised: split, retry, then a failure row
-    │   └── OutOfMemory     the device has no memory left: likewise
-    └── TransportError      the broker did not take or bring it: retry
-        ├── Refused         the broker says no (login, vhost, permission): told at once, no retry
-        ├── Unroutable      the queue does not exist: its owner is gone
-        └── Disconnected    the connection is lost; unconfirmed publishes may or may not be there
+    ├── SettingsError   tell    a setting or an argument can't be used
+    ├── PlanError       tell    the plan can't be made, read or served here
+    ├── OutputError     tell    the results can't be written; nothing is acked, the next run goes on
+    ├── WireError       dead    the body can't be read
+    ├── PlanMismatch    dead    the body belongs to another plan; a step's rows are missed beside it
+    ├── RequestError    fail    the request can't be answered
+    ├── CacheMiss       miss    keys and values are gone
+    ├── ComputeError    miss    the forward pass raised, for this row alone
+    │   └── OutOfMemory miss    the device has no memory left, for this row alone
+    └── TransportError  retry   the broker did not take or bring it
+        ├── Refused     tell    the broker says no (login, vhost, permission)
+        ├── Unroutable  miss    the queue does not exist: its owner is gone
+        └── Disconnected retry  the connection is lost; unconfirmed publishes may or may not be there
 
 A class's docstring is its default message. No message text, token or secret belongs in an error.
 """
@@ -33,6 +36,10 @@ class SettingsError(MqinferError):
 
 class PlanError(MqinferError):
     """The plan can't be made, read or served."""
+
+
+class OutputError(MqinferError):
+    """The output can't be written."""
 
 
 class WireError(MqinferError):

@@ -35,6 +35,21 @@ LogLevel = Annotated[
 LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON objects, or MQINFER_LOG_JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
+# Dead letters
+
+Number = Annotated[int, typer.Argument(metavar="N", min=1, help="A number of `mqinfer dead list`, as it is now.")]
+NumberOrNone = Annotated[
+    int | None, typer.Argument(metavar="[N]", min=1, help="A number of `mqinfer dead list`, as it is now.")
+]
+All = Annotated[bool, typer.Option("--all", help="All of them.")]
+Limit = Annotated[
+    int, typer.Option(metavar="N", min=1, show_default=False, help="Look at so many, the oldest. Default: 100.")
+]
+PipelineName = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="The pipeline's name, where its plan is not at hand."),
+]
+
 # Plans
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face checkpoint: a local folder or a hub id.")]

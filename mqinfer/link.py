@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_never, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_never, wait_random_exponential
 
 from mqinfer.errors import Refused, TransportError, Unroutable
 from mqinfer.observe import BODY_REFUSED, LINK_LOST, LINK_OPENED, emit
@@ -20,7 +20,7 @@ from mqinfer.transports.base import Delivery, Transport
 T = TypeVar("T")
 Connect = Callable[[], Awaitable[Transport]]
 
-#: Between two tries: begins here, doubles up to the most, with as much jitter.
+#: The longest pause after one failure in a row; it doubles with each, up to the most.
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 10.0
 
@@ -54,19 +54,26 @@ async def keep_linked(
         finally:
             await transport.close()
         short = 0 if now_s() - began_s > BACKOFF_MOST_S else short + 1
-        transport = await _unless(stop, _reopen(connect, pause_s=_backoff_s(short)))
+        transport = await _unless(stop, _reopen(connect, short))
 
 
-def _backoff_s(short: int) -> float:
-    """How long to wait after so many short sessions in a row."""
-    return 0.0 if short < 2 else min(BACKOFF_FIRST_S * 2.0 ** min(short, 10), BACKOFF_MOST_S)
-
-
-async def _reopen(connect: Connect, *, pause_s: float) -> Transport:
-    await asyncio.sleep(pause_s)
-    wait = wait_exponential_jitter(multiplier=BACKOFF_FIRST_S, max=BACKOFF_MOST_S, jitter=BACKOFF_FIRST_S)
-    retrying = AsyncRetrying(wait=wait, stop=stop_never, retry=retry_if_exception_type(TransportError))
+async def _reopen(connect: Connect, short: int) -> Transport:
+    """A new link; at once, unless so many sessions in a row, more than one, were short."""
+    retrying = AsyncRetrying(wait=backoff(), stop=stop_never, retry=retry_if_exception_type(TransportError))
+    if short > 1:
+        earlier = RetryCallState(retrying, None, (), {})
+        earlier.attempt_number = short - 1
+        await asyncio.sleep(retrying.wait(earlier))
     return await retrying(connect)
+
+
+def backoff() -> wait_random_exponential:
+    """How long to pause after so many failures in a row: anything between nothing and what doubles each time.
+
+    All of it is drawn, not a little on top: a fleet that lost its broker together must not come back together
+    (Brooker, "Exponential Backoff And Jitter", 2015: full jitter).
+    """
+    return wait_random_exponential(multiplier=BACKOFF_FIRST_S, max=BACKOFF_MOST_S)
 
 
 async def _unless(stop: asyncio.Event, work: Awaitable[T]) -> T | None:

@@ -16,6 +16,8 @@ import structlog
 # Links
 LINK_OPENED = "link.opened"  #: actor
 LINK_LOST = "link.lost"  #: actor, error
+LINK_BLOCKED = "link.blocked"  #: link, reason (the broker has a memory or disk alarm)
+LINK_UNBLOCKED = "link.unblocked"  #: link, seconds
 
 # Workers
 STAGE_LOADED = "stage.loaded"  #: stage, layers, weight_bytes, peak_bytes, seconds, kv_bytes
@@ -36,13 +38,24 @@ WORKER_GONE = "worker.gone"  #: queue
 COORDINATOR_DRAINED = "coordinator.drained"  #: given_back
 
 # Anything
+ACTOR_READY = "actor.ready"  #: actor (its queue); it takes work
+ACTOR_STALLED = "actor.stalled"  #: seconds; compute, or whatever shows that it lives, does not answer
 ACTOR_FAILED = "actor.failed"  #: actor, error
 
 _DEBUG = frozenset({STEP_COMPUTED, CHECKPOINT_KEPT, REQUEST_ENDED})
 _WARNING = frozenset(
-    {LINK_LOST, ROW_MISSED, BODY_REFUSED, RESULT_UNCLAIMED, CHECKPOINT_LATE, WORKER_GONE, REQUEST_REFUSED}
+    {
+        LINK_LOST,
+        LINK_BLOCKED,
+        ROW_MISSED,
+        BODY_REFUSED,
+        RESULT_UNCLAIMED,
+        CHECKPOINT_LATE,
+        WORKER_GONE,
+        REQUEST_REFUSED,
+    }
 )
-_ERROR = frozenset({COMPUTE_FAILED, ACTOR_FAILED})
+_ERROR = frozenset({COMPUTE_FAILED, ACTOR_STALLED, ACTOR_FAILED})
 #: Reasons of a missed row that are no fault: a worker leaves, or is full.
 _ORDINARY_MISSES = frozenset({"gone", "room"})
 

@@ -15,6 +15,7 @@ from mqinfer.link import bury, publish_declared
 from mqinfer.messages import JobTotal, Request, Result
 from mqinfer.queues import Topology, results
 from mqinfer.transports.base import Delivery, Subscription, Transport
+from mqinfer.verdicts import DEAD_LETTERS
 from mqinfer.wire import decode, encode
 
 #: Publishes that wait for their confirm at the same time.
@@ -84,7 +85,7 @@ class Producer:
             message = decode(delivery.body)
             if not isinstance(message, Result | JobTotal):
                 raise WireError(f"a {type(message).__name__} among results")
-        except WireError as error:
+        except DEAD_LETTERS as error:
             await bury(self._transport, self._topology.dead, delivery, str(error))
             return None
         return Arrival(message, delivery)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from mqinfer.errors import ComputeError, WireError
 from mqinfer.messages import Miss, MissReason, Row, Step, StepDone
 from mqinfer.plan import Plan
+from mqinfer.settings import WorkerSettings
 from mqinfer.stage_engine import Done, StageEngine, Work
 from mqinfer.tensor_codec import pack, unpack
 from mqinfer.wire import MAX_STEP_BYTES, encode
@@ -124,6 +126,14 @@ class StageCompute:
     @staticmethod
     def _end(step: Step, done: Done, misses: tuple[Miss, ...]) -> bytes:
         return encode(replace(step_done(step, misses), sampled=done.sampled))
+
+
+def load_compute(plan: Plan, stage: int, folder: Path, settings: WorkerSettings) -> StageCompute:
+    """Read the stage's tensors from `folder` onto the device. Raises: PlanError, OutOfMemory."""
+    engine = StageEngine.load(
+        plan, stage, folder=folder, device=settings.device, kv_bytes=settings.kv_bytes, idle_s=settings.idle_s
+    )
+    return StageCompute(plan, stage, engine, codec=settings.codec, threads=settings.threads)
 
 
 def step_done(step: Step, misses: tuple[Miss, ...]) -> StepDone:

@@ -25,6 +25,7 @@ from mqinfer.observe import COMPUTE_FAILED, STAGE_LOADED, emit
 from mqinfer.plan import Plan
 from mqinfer.sampler import Sampler
 from mqinfer.stage_model import StageModel
+from mqinfer.verdicts import MISS_REASONS
 
 #: A miss's detail is for people: more text than this is noise.
 DETAIL_CHARS = 200
@@ -288,7 +289,7 @@ class StageEngine:
 
     def _give_up(self, job: Job, error: ComputeError) -> None:
         """A row that failed is replayed from its beginning; what is left of it here would only take room."""
-        reason = MissReason.MEMORY if isinstance(error, OutOfMemory) else MissReason.COMPUTE
+        reason = MISS_REASONS[type(error)]
         job.refusal = Refusal(reason, str(error))
         job.entry = None  # or its tensors would outlive the drop until the run ends
         self._cache.drop(job.owner, job.row.row)

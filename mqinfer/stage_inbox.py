@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from mqinfer.link import publish_declared
+from mqinfer.observe import ACTOR_READY, emit
 from mqinfer.queues import QueueSpec
 from mqinfer.transports.base import Delivery, Subscription, Transport
 
@@ -35,13 +36,14 @@ class StageInbox:
         self.arrived = asyncio.Event()
 
     async def open(self, tasks: asyncio.TaskGroup) -> None:
-        """Declare the own queue and listen to both. Raises: TransportError."""
+        """Declare the own queue and listen to both: from here on the worker serves. Raises: TransportError."""
         self._tasks = tasks
         await self._transport.declare(self._own)
         await self._transport.consume(
             self._own.name, prefetch=OWN_PREFETCH, sink=lambda delivery: self._store(self.own, delivery)
         )
         await self._listen()
+        emit(ACTOR_READY, actor=self._own.name)
 
     async def stop_until(self, ready: Callable[[], bool]) -> None:
         """Leave the shared queue to others until `ready` says yes; a later call replaces an earlier one."""

@@ -9,25 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
 from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step, StepTaken
-from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, WORKER_DRAINED, emit
+from mqinfer.observe import WORKER_DRAINED, emit
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
 from mqinfer.settings import WorkerSettings
 from mqinfer.stage_compute import Outgoing, StageCompute, step_done
-from mqinfer.stage_engine import StageEngine
+from mqinfer.stage_counts import StageCounts
 from mqinfer.stage_inbox import StageInbox
 from mqinfer.transports.base import Delivery, Transport
+from mqinfer.verdicts import DEAD_LETTERS
 from mqinfer.wire import MAX_STEP_BYTES, decode, encode
 
 #: Forwards whose outputs may still be on their way out when the next one ends.
@@ -60,24 +60,23 @@ class StageWorker:
         self._compute = compute
         self._settings = settings
         self._connect = connect
+        self._thread: ThreadPoolExecutor | None = None
+
+    async def pulse(self) -> None:
+        """Returns when the compute thread is free for a moment: not while a forward hangs. Idle, that is at once."""
+        if self._thread is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, int)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then drain. Raises: Refused at the first link."""
         with ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self._stage}") as thread:
+            self._thread = thread
             await asyncio.get_running_loop().run_in_executor(thread, self._compute.prepare_thread)
 
             async def session(transport: Transport) -> None:
                 await WorkerSession(self._plan, self._stage, self._compute, self._settings, transport, thread).run(stop)
 
             await keep_linked(f"worker of stage {self._stage}", self._connect, session, stop)
-
-
-def load_compute(plan: Plan, stage: int, folder: Path, settings: WorkerSettings) -> StageCompute:
-    """Read the stage's tensors from `folder` onto the device. Raises: PlanError, OutOfMemory."""
-    engine = StageEngine.load(
-        plan, stage, folder=folder, device=settings.device, kv_bytes=settings.kv_bytes, idle_s=settings.idle_s
-    )
-    return StageCompute(plan, stage, engine, codec=settings.codec, threads=settings.threads)
 
 
 class WorkerSession:
@@ -105,7 +104,7 @@ class WorkerSession:
         self._publishing = asyncio.Semaphore(PUBLISHING)
         self._closing = False
         self._failed_in_a_row = 0
-        self._counts: Counter[str] = Counter()
+        self._counts = StageCounts(stage)
         self._tasks: asyncio.TaskGroup
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -164,7 +163,7 @@ class WorkerSession:
             if isinstance(message, Step):
                 await self._check(message)
                 return Taken(message, delivery)
-        except (WireError, PlanMismatch) as error:
+        except DEAD_LETTERS as error:
             await bury(self._transport, self._topology.dead, delivery, str(error))
             return None
         if isinstance(message, Release):
@@ -212,14 +211,14 @@ class WorkerSession:
         began_s = now_s()
         steps = [item.step for item in taken]
         outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing)
-        self._count(steps, now_s() - began_s)
+        self._counts.computed(steps, now_s() - began_s)
         await self._publishing.acquire()
         self._tasks.create_task(self._publish(taken, outgoing))
 
     async def _publish(self, taken: Sequence[Taken], outgoing: Sequence[Outgoing]) -> None:
         try:
             for item, out in zip(taken, outgoing, strict=True):
-                self._tell(out.misses)
+                self._counts.missed(out.misses)
                 if out.ends:
                     await self._to_owner(item.step.owner, out.body)
                 else:
@@ -263,7 +262,7 @@ class WorkerSession:
             for row in step.rows
             if row.row not in known
         )
-        self._tell(missed)
+        self._counts.missed(missed)
         await self._to_owner(step.owner, encode(step_done(step, step.misses + beside + missed)))
 
     # -- the rest ------------------------------------------------------------------------------
@@ -317,29 +316,12 @@ class WorkerSession:
                 "kv_used_bytes": engine.kv_used_bytes,
                 "kv_budget_bytes": engine.kv_budget_bytes,
                 "cached_rows": engine.cached_rows,
-                **self._counts,
+                "blocked_s": self._transport.blockage().total_s,
+                **self._counts.values,
             },
             facts={"version": __version__, "plan": self._plan.digest, "device": str(engine.device)},
         )
         await self._to_owner(ask.reply_to, encode(report))
-
-    def _count(self, steps: Sequence[Step], seconds: float) -> None:
-        rows = sum(len(step.rows) for step in steps)
-        tokens = sum(row.count for step in steps for row in step.rows)
-        self._counts.update({"forwards": 1, "steps": len(steps), "rows": rows, "tokens": tokens, "busy_s": seconds})
-        emit(STEP_COMPUTED, stage=self._stage, microbatches=len(steps), rows=rows, tokens=tokens, seconds=seconds)
-
-    @staticmethod
-    def _tell(misses: Sequence[Miss]) -> None:
-        for miss in misses:
-            emit(
-                ROW_MISSED,
-                row=miss.row,
-                epoch=miss.epoch,
-                stage=miss.stage,
-                reason=miss.reason.value,
-                detail=miss.detail,
-            )
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)

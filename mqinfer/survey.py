@@ -17,6 +17,9 @@ from mqinfer.queues import Topology, new_id
 from mqinfer.transports.base import Delivery, QueueState, Transport
 from mqinfer.wire import decode, encode
 
+#: How often a question that is not out yet looks whether the broker keeps it back.
+BLOCKED_LOOK_S = 0.1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
@@ -41,6 +44,8 @@ class Survey:
     stages: tuple[QueueState | None, ...]
     #: By actor id.
     reports: Mapping[str, Report]
+    #: Why the broker takes nothing from who publishes: nobody could be asked then. "": it takes everything.
+    blocked: str = ""
 
     def coordinators(self) -> list[Report]:
         """Coordinators that answered."""
@@ -50,9 +55,17 @@ class Survey:
         """Workers of the stage that answered."""
         return [report for report in self.reports.values() if report.role == "worker" and report.stage == stage]
 
+    def blocked_s(self) -> float:
+        """How long the broker kept the actor that it kept longest from publishing, since that one's link is open."""
+        return max((report.values.get("blocked_s", 0.0) for report in self.reports.values()), default=0.0)
+
     def in_flight(self) -> int:
         """Requests that some coordinator holds."""
         return int(sum(report.values.get("rows", 0) for report in self.coordinators()))
+
+    def holds_nothing(self) -> bool:
+        """Whether no request waits and no coordinator holds one; False where nobody could be asked."""
+        return not self.blocked and not (self.requests and self.requests.ready) and not self.in_flight()
 
     def rates(self, earlier: Survey, stage: int) -> Rates:
         """The stage's rates between two surveys; workers that did not answer both count only as present."""
@@ -89,6 +102,8 @@ class Survey:
 
     def complaint(self) -> str:
         """Why nothing is computed, where that can be seen; "" otherwise."""
+        if self.blocked:
+            return f"the broker blocks publishers: memory or disk alarm ({self.blocked}); all goes on when it ends"
         if not self.coordinators():
             return "no coordinator answers: start one with `mqinfer coordinator`"
         missing = [str(k) for k in range(len(self.stages)) if not self.workers(k)]
@@ -102,11 +117,11 @@ async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5) -> Surv
     spec = topology.reports(new_id("ask"))
     await transport.declare(spec)
     subscription = await transport.consume(spec.name, prefetch=0, sink=replies.put_nowait)
-    await transport.broadcast(topology.control, encode(Ask(plan=plan.digest, reply_to=spec.name)))
+    blocked = await _ask(transport, topology.control, encode(Ask(plan=plan.digest, reply_to=spec.name)))
     reports: dict[str, Report] = {}
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
-            while True:
+            while not blocked:
                 delivery = await replies.get()
                 await delivery.ack()
                 with contextlib.suppress(WireError):
@@ -121,4 +136,18 @@ async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5) -> Surv
         await transport.inspect(topology.dead.name),
         tuple(stages),
         reports,
+        blocked,
     )
+
+
+async def _ask(transport: Transport, exchange: str, ask: bytes) -> str:
+    """Broadcast; or, where the broker keeps us from it, its reason."""
+    asking = asyncio.ensure_future(transport.broadcast(exchange, ask))
+    try:
+        while not (await asyncio.wait({asking}, timeout=BLOCKED_LOOK_S))[0]:
+            if reason := transport.blockage().reason:
+                return reason
+        await asking
+        return ""
+    finally:
+        asking.cancel()

@@ -1,16 +1,76 @@
-"""What becomes of a row or a message that failed: one pure table, a test for every cell.
+"""What becomes of a row or a message that failed: two pure tables, a test for every cell.
+
+`FATES` says it of what met an error, `decide` of a row that a stage gave up. Where a thing is done on the spot (a
+queue that is gone is declared again, what nobody waits for is dropped) the code that does it says why.
 
 No clock, no I/O, no logging: the caller does what the verdict says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
+from mqinfer.errors import (
+    CacheMiss,
+    ComputeError,
+    Disconnected,
+    MqinferError,
+    OutOfMemory,
+    OutputError,
+    PlanError,
+    PlanMismatch,
+    Refused,
+    RequestError,
+    SettingsError,
+    TransportError,
+    Unroutable,
+    WireError,
+)
 from mqinfer.messages import MissReason
 
 #: A row is computed at most so often without progress before it becomes a failure row.
 MAX_FAILURES = 3
+
+
+class Fate(StrEnum):
+    """What becomes of what met an error."""
+
+    TELL = "tell"  #: the person who started the command is told in a sentence; exit code 2
+    DEAD = "dead"  #: the message goes to the dead-letter queue, with the reason
+    FAIL = "fail"  #: the request ends in a failure row that says why
+    MISS = "miss"  #: the row is missed, and its coordinator decides, see `decide`
+    RETRY = "retry"  #: a new link, over which all that is unsettled comes again
+
+
+FATES: Mapping[type[MqinferError], Fate] = {
+    SettingsError: Fate.TELL,
+    PlanError: Fate.TELL,
+    OutputError: Fate.TELL,
+    WireError: Fate.DEAD,
+    PlanMismatch: Fate.DEAD,
+    RequestError: Fate.FAIL,
+    CacheMiss: Fate.MISS,
+    ComputeError: Fate.MISS,
+    OutOfMemory: Fate.MISS,
+    TransportError: Fate.RETRY,
+    Refused: Fate.TELL,
+    Unroutable: Fate.MISS,
+    Disconnected: Fate.RETRY,
+}
+
+#: For `except`: what sends a message to the dead letters, and what makes a failure row of a request.
+DEAD_LETTERS = tuple(kind for kind, fate in FATES.items() if fate is Fate.DEAD)
+FAILURE_ROWS = tuple(kind for kind, fate in FATES.items() if fate is Fate.FAIL)
+
+#: The reason of a row that is missed for an error of this class, and of a step's rows where the step itself is dead.
+MISS_REASONS: Mapping[type[MqinferError], MissReason] = {
+    CacheMiss: MissReason.CACHE,
+    ComputeError: MissReason.COMPUTE,
+    OutOfMemory: MissReason.MEMORY,
+    Unroutable: MissReason.GONE,
+    PlanMismatch: MissReason.PLAN,
+}
 
 
 class Verdict(StrEnum):

@@ -102,6 +102,12 @@ class PrivateBroker:
         self.stop()
         self.start()
 
+    def ctl(self, *arguments: str) -> str:
+        """What `rabbitmqctl` says about the running node. Raises: CalledProcessError."""
+        debian = DEBIAN_SERVER.with_name("rabbitmqctl")
+        command = [str(debian) if debian.exists() else "rabbitmqctl", *arguments]
+        return subprocess.run(command, env=self._environment(), capture_output=True, text=True, check=True).stdout
+
     def close(self) -> None:
         """End it and remove all that it wrote; twice is harmless."""
         self.kill()

@@ -43,6 +43,9 @@ class Broker(Protocol):
     def restart(self) -> None:
         """`stop`, then `start`."""
 
+    def ctl(self, *arguments: str) -> str:
+        """What `rabbitmqctl` says about it."""
+
 
 class GivenBroker:
     """A broker that is not ours: what would disturb others is skipped."""
@@ -54,6 +57,9 @@ class GivenBroker:
         pytest.skip("the broker of MQINFER_TEST_AMQP_URL is not ours to stop")
 
     start = restart = kill = stop
+
+    def ctl(self, *arguments: str) -> str:
+        pytest.skip("the broker of MQINFER_TEST_AMQP_URL is not ours to control")
 
 
 class DockerBroker:
@@ -77,6 +83,11 @@ class DockerBroker:
     def restart(self) -> None:
         self.stop()
         self.start()
+
+    def ctl(self, *arguments: str) -> str:
+        code, output = self._container.exec_run(["rabbitmqctl", *arguments])
+        assert code == 0, output
+        return str(output.decode())
 
     def wait(self) -> None:
         """Until the broker, not only Docker's proxy, answers."""

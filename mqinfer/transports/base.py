@@ -60,6 +60,16 @@ class QueueState:
     consumers: int
 
 
+@dataclass(frozen=True, slots=True)
+class Blockage:
+    """How a broker short of memory or disk holds up who publishes."""
+
+    #: What the broker says is wrong just now; "" where it takes everything.
+    reason: str = ""
+    #: How long it took nothing from this link, over its whole life.
+    total_s: float = 0.0
+
+
 class Transport(Protocol):
     """One actor's link to the broker. See the module's docstring."""
 
@@ -76,7 +86,7 @@ class Transport(Protocol):
         ttl_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Raises: Unroutable, Disconnected."""
+        """Waits while the broker has an alarm, see `blockage`. Raises: Unroutable, Disconnected."""
 
     async def broadcast(self, exchange: str, body: bytes) -> None:
         """To every queue bound to the fan-out exchange; nobody there is no error. Raises: Disconnected."""
@@ -92,6 +102,9 @@ class Transport(Protocol):
 
     async def delete(self, queue: str) -> int:
         """Remove the queue; how many ready messages went with it. Nothing happens where it does not exist."""
+
+    def blockage(self) -> Blockage:
+        """Whether the broker keeps this link from publishing, and how long it did."""
 
     async def closed(self) -> None:
         """Waits until the link ends; raises Disconnected if it was lost, returns after `close`."""

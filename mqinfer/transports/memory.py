@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 from mqinfer.errors import Disconnected, Unroutable
 from mqinfer.queues import QueueSpec
-from mqinfer.transports.base import QueueState, Sink
+from mqinfer.transports.base import Blockage, QueueState, Sink
 from mqinfer.transports.memory_broker import Broker, Consumer, Message, Queue
 
 _brokers: dict[str, Broker] = {}
@@ -193,6 +193,10 @@ class MemoryTransport:
         self.check()
         found = self.broker.find(queue, self)
         return self.broker.remove(found) if found else 0
+
+    def blockage(self) -> Blockage:
+        """See base.Transport; there is no alarm here."""
+        return Blockage()
 
     async def closed(self) -> None:
         """See base.Transport."""

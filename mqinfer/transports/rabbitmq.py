@@ -19,7 +19,7 @@ from aiormq.abc import DeliveredMessage
 
 from mqinfer.errors import Disconnected, Unroutable
 from mqinfer.queues import QueueSpec
-from mqinfer.transports.base import QueueState, Sink
+from mqinfer.transports.base import Blockage, QueueState, Sink
 from mqinfer.transports.rabbitmq_connect import connect, parse
 from mqinfer.transports.rabbitmq_link import Link
 
@@ -33,7 +33,7 @@ async def open_rabbitmq(url: str, *, name: str, heartbeat_s: float, timeout_s: f
     except BaseException:
         await publishing.close()
         raise
-    transport = RabbitmqTransport(Link(publishing, consuming, timeout_s))
+    transport = RabbitmqTransport(Link(publishing, consuming, name, timeout_s))
     try:
         await transport.start()
     except BaseException:
@@ -194,7 +194,7 @@ class RabbitmqTransport:
             priority=priority,
             expiration=ttl_s,
         )
-        async with self._link.border(queue):
+        async with self._link.border(queue, publishing=True):
             await self._channel.default_exchange.publish(message, queue, mandatory=True)
 
     async def broadcast(self, exchange: str, body: bytes) -> None:
@@ -202,7 +202,7 @@ class RabbitmqTransport:
         if exchange not in self._exchanges:
             await self._declare_exchange(exchange)
         message = Message(body, delivery_mode=DeliveryMode.NOT_PERSISTENT)
-        async with self._link.border():
+        async with self._link.border(publishing=True):
             await self._exchanges[exchange].publish(message, "", mandatory=False)
 
     async def consume(self, queue: str, *, prefetch: int, sink: Sink) -> RabbitmqSubscription:
@@ -230,6 +230,10 @@ class RabbitmqTransport:
         """See base.Transport."""
         async with self._link.throw_away_channel(queue) as channel:
             return (await channel.queue_delete(queue)).message_count or 0
+
+    def blockage(self) -> Blockage:
+        """See base.Transport."""
+        return self._link.gate.blockage()
 
     async def closed(self) -> None:
         """See base.Transport."""

@@ -18,6 +18,7 @@ from aiormq.abc import AbstractConnection as RawConnection
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
 from mqinfer.errors import Disconnected, Refused, Unroutable
+from mqinfer.transports.rabbitmq_alarm import Gate, listen
 from mqinfer.transports.rabbitmq_connect import AbortableConnection
 
 #: A broker that hears us answers within milliseconds; one that does not must not hold up our going.
@@ -27,13 +28,18 @@ CLOSE_TIMEOUT_S = 5.0
 class Link:
     """Ends once: when it is closed, when either connection is lost, or when somebody says so."""
 
-    def __init__(self, publishing: AbortableConnection, consuming: AbortableConnection, timeout_s: float) -> None:
+    def __init__(
+        self, publishing: AbortableConnection, consuming: AbortableConnection, name: str, timeout_s: float
+    ) -> None:
         self.publishing = publishing
         self.consuming = consuming
+        #: What is published passes it; shut while the broker has an alarm.
+        self.gate = Gate(name, timeout_s)
         self._timeout_s = timeout_s
         self._ended = asyncio.Event()
         self._loss: Disconnected | None = None
         self._closing: asyncio.Task[None] | None = None
+        listen(_raw(publishing), self.gate)
         for connection in (publishing, consuming):
             self.watch(_raw(connection), "the connection to the broker was lost")
 
@@ -66,6 +72,7 @@ class Link:
             loss.__cause__ = cause
         self._loss = loss
         self._ended.set()
+        self.gate.end()
         self._closing = asyncio.get_running_loop().create_task(self._close_connections())
 
     async def closed(self) -> None:
@@ -85,12 +92,16 @@ class Link:
         return await _raw(self.consuming).channel(publisher_confirms=False)
 
     @asynccontextmanager
-    async def border(self, queue: str = "") -> AsyncIterator[None]:
-        """Foreign errors become ours here; what the broker does not answer in time ends the link."""
+    async def border(self, queue: str = "", *, publishing: bool = False) -> AsyncIterator[None]:
+        """Foreign errors become ours here; what the broker does not answer in time ends the link.
+
+        `publishing`: while the broker has an alarm it is waited for, however long that takes.
+        """
         self.check()
         cancelling = _cancelling()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with self.gate.passing() if publishing else asyncio.timeout(self._timeout_s):
+                self.check()
                 yield
         except (PublishError, ChannelNotFoundEntity) as error:
             raise Unroutable(f"the queue {queue} does not exist") from error

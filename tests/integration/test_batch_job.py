@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from mqinfer.batch_files import LineReader, error_row
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
 from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
-from mqinfer.errors import Disconnected, SettingsError
-from mqinfer.link import Connect
+from mqinfer.errors import Disconnected, OutputError, SettingsError
+from mqinfer.link import Connect, first
 from mqinfer.messages import Request
 from mqinfer.queues import Topology, new_id, results
 from mqinfer.settings import BatchSettings
@@ -240,6 +242,85 @@ async def test_a_collection_whose_link_is_lost_at_the_very_end_still_ends(
     file.close()
     assert lost
     check(fleet, tmp_path / "out", 5)
+
+
+class FullDisk:
+    """Takes so many bytes of output files and no more; stands in for `os.write` beneath them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+        self.free_bytes = free_bytes
+        write = OutputFile._write
+
+        def write_some(file: OutputFile, data: bytes) -> None:
+            fits = data[: self.free_bytes]
+            self.free_bytes -= len(fits)
+            write(file, fits)
+            if len(fits) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(OutputFile, "_write", write_some)
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["taken back", "torn"])
+async def test_a_full_disk_ends_the_run_in_a_sentence_and_the_next_one_goes_on(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
+) -> None:
+    prompts, output = write_prompts(tmp_path / "p", 60), tmp_path / "out"
+    disk = FullDisk(monkeypatch, 5000)
+    if torn:
+        monkeypatch.setattr(OutputFile, "_take_back", lambda self, most_bytes: None)
+    start(fleet)
+    run = Run(fleet, prompts, output)
+    with pytest.raises(ExceptionGroup) as caught:
+        await run.go()
+    assert isinstance(first(caught.value), OutputError)
+    assert str(output) in str(first(caught.value))
+    whole = [raw for raw in output.read_bytes().splitlines(keepends=True) if raw.endswith(b"\n")]
+    assert len(whole) == run.rows.progress.done or torn  # whole rows of a torn write are on disk and not acked
+    assert run.rows.progress.done <= len(whole) < 60
+    assert torn or output.read_bytes() == b"".join(whole)
+    disk.free_bytes = 1 << 30
+    await Run(fleet, prompts, output).go()
+    check(fleet, output, 60)
+
+
+async def test_what_could_not_be_written_is_not_acked(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, output, job = write_prompts(tmp_path / "p", 20), tmp_path / "out", new_id("job")
+    connect = connecting(fleet.url)
+    reader = LineReader(prompts, job, fleet.plan, TOKENIZER, BatchSettings())
+    await enqueue_all(reader, fleet.plan, job, connect, Progress(), asyncio.Event())
+    start(fleet)
+    disk = FullDisk(monkeypatch, 0)
+    file = OutputFile(output, job=job)
+    with pytest.raises(ExceptionGroup) as caught:
+        await asyncio.wait_for(
+            collect(job, Rows(file, TOKENIZER.decode_token), connect, asyncio.Event(), wait=True), PATIENCE_S
+        )
+    file.close()
+    assert isinstance(first(caught.value), OutputError)
+    assert output.read_bytes() == b""
+    disk.free_bytes = 1 << 30
+    again = OutputFile(output, job=job)
+    await asyncio.wait_for(
+        collect(job, Rows(again, TOKENIZER.decode_token), connect, asyncio.Event(), wait=True), PATIENCE_S
+    )
+    again.close()
+    check(fleet, output, 20)
+
+
+async def test_a_ticket_that_can_not_be_written_ends_the_run_and_the_next_one_goes_on(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, output = write_prompts(tmp_path / "p", 30), tmp_path / "out"
+    start(fleet)
+    (tmp_path / "out.job.new").mkdir()  # in the way of its new version
+    with pytest.raises(OutputError, match=r"can't write .*out\.job: Is a directory"):
+        await Run(fleet, prompts, output).go()
+    (tmp_path / "out.job.new").rmdir()
+    await Run(fleet, prompts, output).go()
+    check(fleet, output, 30)
 
 
 async def test_a_prompts_file_that_was_changed_is_another_job(fleet: Fleet, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ codes do. The model is a tiny random one.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -17,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,11 @@ from typer.testing import CliRunner
 from mqinfer import cli, observe
 from mqinfer import plan as plans
 from mqinfer.checkpoint import make_plan
-from mqinfer.queues import new_id, results
+from mqinfer.link import publish_declared
+from mqinfer.messages import Request
+from mqinfer.queues import Topology, new_id, results
+from mqinfer.transports import open_transport
+from mqinfer.wire import encode
 
 PATIENCE_S = 60.0
 #: As on a machine where only `pip install mqinfer` was run, without the extra `worker`.
@@ -225,6 +230,30 @@ def test_ctrl_c_stops_a_batch_here_and_the_same_command_goes_on(
     assert sorted(row["custom_id"] for row in rows(out)) == sorted(f"id-{i}" for i in range(200))
 
 
+#: No file may grow beyond 8 KiB, as if the disk were full then.
+SMALL_DISK = """\
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+from mqinfer.cli import main
+main()
+"""
+
+
+def test_a_full_disk_ends_a_batch_in_one_sentence_and_the_same_command_goes_on(
+    start: Callable[..., Process], model: Path, tmp_path: Path
+) -> None:
+    prompts, out = write_prompts(tmp_path / "p.jsonl", 60), tmp_path / "out.jsonl"
+    command = ("batch", prompts, "-o", out, "--model", model, "--stages", 2, "--kv-bytes", "64MiB")
+    ended = start(*command, program=("-c", SMALL_DISK)).end()
+    assert ended.code == 2, ended.err
+    assert re.fullmatch(rf"mqinfer: can't write {out}: File too large\. [^\n]+ again", ended.err.splitlines()[-1])
+    assert "Traceback" not in ended.err
+    assert 0 < len(rows(out)) < 60
+    again = start(*command).end()
+    assert again.code == 0, again.err
+    assert sorted(row["custom_id"] for row in rows(out)) == sorted(f"id-{i}" for i in range(60))
+
+
 def test_ctrl_c_while_the_model_is_read_ends_at_once(
     start: Callable[..., Process], prompts: Path, tmp_path: Path
 ) -> None:
@@ -287,9 +316,9 @@ def say(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 def commands() -> list[list[str]]:
     group = typer.main.get_command(cli.app)
     assert isinstance(group, TyperGroup)
-    inner = group.commands["queues"]
-    assert isinstance(inner, TyperGroup)
-    return [[name] for name in group.commands if name != "queues"] + [["queues", name] for name in inner.commands]
+    inner = {name: command for name, command in group.commands.items() if isinstance(command, TyperGroup)}
+    plain = [[name] for name in group.commands if name not in inner]
+    return plain + [[name, command] for name, group in inner.items() for command in group.commands]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
@@ -347,6 +376,12 @@ MISTAKES = {
     "status -p {pipeline} --broker amqp://": "the broker's URL can't be read; it looks like amqp://user:password@host",
     "status -p {pipeline} --config nowhere.toml": "can't read the settings file nowhere.toml",
     "status -p {pipeline} --config {typo}": "unknown key 'brokr', is it 'broker'?",
+    "dead list": "give the plan's file with --pipeline",
+    "dead show 1 -p {pipeline} --broker memory://x": "there is no dead letter 1: there are 0",
+    "dead requeue -p {pipeline}": "say which: either a number of `mqinfer dead list` or --all",
+    "dead purge 1 --all -p {pipeline}": "say which: either a number of `mqinfer dead list` or --all",
+    "dead purge 1 --name x --yes --broker memory://x": "there is no dead letter 1: there are 0",
+    "dead list --name Not_Good! --broker memory://x": "can't be a name",
     "plan {model}": "say either --stages N or --cut A,B,…",
     "plan {model} --cut 1,x": "--cut '1,x': write layer numbers such as 10,20",
     "plan {model} --cut 9": "they must rise, and lie between 1 and 3",
@@ -456,6 +491,56 @@ def test_queues_are_declared_seen_and_deleted_and_what_is_lost_is_asked_for(
     left = say("results", job, "--no-wait", "-o", tmp_path / "out.jsonl", "--broker", amqp_url)
     assert (left.code, results(job).name) == (4, f"mqinfer.results.{job}")
     assert left.err == "0 answered, 0 failed of 5; the rest has not come yet: run the same command again\n"
+
+
+def bury(amqp_url: str, topology: Topology, bodies: Sequence[tuple[bytes, str, str]]) -> None:
+    async def publish() -> None:
+        transport = await open_transport(amqp_url)
+        for body, queue, reason in bodies:
+            await publish_declared(transport, topology.dead, body, headers={"queue": queue, "reason": reason})
+        await transport.close()
+
+    asyncio.run(publish())
+
+
+@pytest.mark.broker
+def test_dead_letters_are_listed_shown_sent_back_and_purged(
+    say: Callable[..., Ended], amqp_url: str, pipeline: Path
+) -> None:
+    where = ("-p", pipeline, "--broker", amqp_url)
+    plan = plans.read(pipeline)
+    topology = Topology(plan.name)
+    assert say("dead", "list", *where).err == f"{plan.name}: no dead letters\n"
+    assert say("queues", "declare", *where).code == 0
+    request = Request(id="job.1", job="job", plan=plan.digest, prompt=(1, 2, 3), max_tokens=5)
+    bury(
+        amqp_url,
+        topology,
+        [
+            (encode(request), topology.requests.name, "of another time"),
+            (b"secret prompt", topology.stage(0).name, "not a body of mqinfer"),
+            (b"more", f"mqinfer.{plan.name}.worker.s0-1", "no\x1b[31m [red]markup[/red]"),
+        ],
+    )
+    listed = say("dead", "list", *where)
+    assert listed.code == 0
+    assert re.search(rf"^1 .* request +{re.escape(topology.requests.name)} +of another time", listed.out, re.MULTILINE)
+    assert re.search(r"^2 +13 B +unreadable ", listed.out, re.MULTILINE)
+    assert "[red]markup[/red]" in listed.out
+    assert "\x1b" not in listed.out
+    shown = say("dead", "show", 1, *where)
+    assert "prompt tokens: 3\n" in shown.out
+    assert "begins with: 93 4d 51 49 01 00" in shown.out
+    assert "begins with: 73 65 63 72\n" in say("dead", "show", 2, "--name", plan.name, "--broker", amqp_url).out
+    some = say("dead", "requeue", "--all", *where)
+    assert (some.code, some.out) == (3, f"1 -> {topology.requests.name}\n2 -> {topology.stage(0).name}\n")
+    assert some.err.startswith(f"3 stays: the queue mqinfer.{plan.name}.worker.s0-1 is gone with its worker")
+    assert say("dead", "requeue", 2, *where).err == "mqinfer: there is no dead letter 2: there are 1\n"
+    refused = say("dead", "purge", 1, *where)
+    assert (refused.code, refused.err.partition(" [y/N]")[0]) == (1, "Lose dead letter 1?")
+    assert say("dead", "purge", 1, "--yes", *where).out == f"{topology.dead.name}: 1 messages lost\n"
+    assert say("dead", "purge", "--all", *where).out == f"{topology.dead.name}: 0 messages lost\n"
+    assert say("queues", "delete", "--yes", *where).code == 0
 
 
 @pytest.mark.broker

@@ -18,7 +18,7 @@ from simulation.virtual import PROCESS, Process, State, VirtualLoop
 
 from mqinfer.errors import Disconnected, MqinferError, Refused, Unroutable
 from mqinfer.queues import QueueSpec
-from mqinfer.transports.base import QueueState, Sink
+from mqinfer.transports.base import Blockage, QueueState, Sink
 from mqinfer.transports.memory import MemoryDelivery, MemorySubscription, MemoryTransport
 from mqinfer.transports.memory_broker import Broker, Message
 
@@ -295,6 +295,10 @@ class SimTransport:
     async def delete(self, queue: str) -> int:
         """See base.Transport."""
         return await self.call(lambda: self.server.delete(queue))
+
+    def blockage(self) -> Blockage:
+        """See base.Transport."""
+        return Blockage("alarm" if self.network.alarmed else "")
 
     async def closed(self) -> None:
         """See base.Transport."""

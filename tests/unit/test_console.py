@@ -109,7 +109,16 @@ def test_the_status_of_an_idle_pipeline_says_so(terminal: Screen) -> None:
 
 def test_dead_letters_are_explained_where_there_are_any(terminal: Screen) -> None:
     console.show_status(make_plan("p"), busy_survey(0.0), busy_survey(1.0, dead=3))
-    assert "dead letters are bodies that nobody could read" in terminal.text(terminal.out)
+    assert "dead letters are bodies that nobody could use" in terminal.text(terminal.out)
+
+
+def test_an_alarm_of_the_broker_is_told_while_it_lasts_and_afterwards(terminal: Screen) -> None:
+    blocked = Survey(QueueState(5, 0), None, (None, None), {}, blocked="low on memory")
+    console.show_status(make_plan("p"), blocked, blocked)
+    assert "the broker blocks publishers: memory or disk alarm (low on memory)" in Screen.text(terminal.out)
+    after = Survey(None, None, (None, None), {"c": report("coordinator", -1, 0.0, blocked_s=31.2)})
+    console.show_status(make_plan("p"), after, after)
+    assert "the broker has blocked publishers for 31 s" in Screen.text(terminal.out)
 
 
 def costs() -> Iterator[StageCost]:

@@ -105,6 +105,19 @@ def test_a_unit_has_time_to_drain_and_comes_back(unit: Path) -> None:
     assert "RestartPreventExitStatus" not in keys  # a broker that is down for a while ends in exit code 2, too
 
 
+@pytest.mark.parametrize("unit", [WORKER, COORDINATOR], ids=lambda unit: unit.stem)
+def test_a_unit_says_when_it_serves_and_is_watched_and_may_load_for_as_long_as_it_takes(unit: Path) -> None:
+    keys = read_unit(unit)
+    assert (keys["Type"], keys["NotifyAccess"], keys["TimeoutStartSec"]) == (["notify"], ["main"], ["infinity"])
+    assert int(keys["WatchdogSec"][0]) > 0
+    assert "AF_UNIX" in keys["RestrictAddressFamilies"][0]  # the socket that it tells
+
+
+def test_a_worker_is_not_killed_for_a_forward_that_its_coordinator_still_waits_for() -> None:
+    step_timeout_s = settings.CoordinatorSettings.model_fields["step_timeout_s"].default
+    assert int(read_unit(WORKER)["WatchdogSec"][0]) >= step_timeout_s
+
+
 def test_the_sandbox_of_a_worker_leaves_it_the_gpu() -> None:
     hiding = {"PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock", "MemoryDenyWriteExecute", "PrivateUsers"}
     assert hiding & read_unit(WORKER).keys() == set()

@@ -39,7 +39,7 @@ ROOMS = (
         "transports",
         2,
         "transports transports.base transports.memory transports.memory_broker "
-        "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
+        "transports.rabbitmq transports.rabbitmq_alarm transports.rabbitmq_connect transports.rabbitmq_link",
     ),
     Room("checkpoint", 2, "checkpoint headers anatomy hub"),
     Room("compute", 2, "stage_model stage_weights pruning attention padding kv_cache sampler device"),
@@ -47,14 +47,15 @@ ROOMS = (
     Room("policy", 2, "batching verdicts partition rows scheduler"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
-    Room("worker", 4, "stage_worker stage_inbox stage_compute"),
+    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
     Room("coordinator", 4, "coordinator leases requests"),
     Room("producer", 4, "producer"),
     Room("survey", 4, "survey"),
+    Room("dead letters", 4, "dead_letters"),
     Room(
         "doors",
         5,
-        "__main__ cli flags running commands console embedded "
+        "__main__ cli cli_queues launch flags running systemd commands operate console embedded "
         "batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
@@ -62,7 +63,7 @@ ROOMS = (
 #: Third-party package -> the only modules that may import it. Policy has none: the standard library must do.
 HOMES = {
     "aio_pika": "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
-    "aiormq": "transports.rabbitmq transports.rabbitmq_connect transports.rabbitmq_link",
+    "aiormq": "transports.rabbitmq transports.rabbitmq_alarm transports.rabbitmq_connect transports.rabbitmq_link",
     "huggingface_hub": "hub",
     "jinja2": "tokenizer",
     "msgpack": "wire_header",
@@ -76,7 +77,7 @@ HOMES = {
     "torch": "tensor_codec stage_model stage_weights pruning attention padding kv_cache sampler device "
     "stage_engine stage_compute",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
-    "typer": "cli flags",
+    "typer": "cli cli_queues launch flags",
     "uvloop": "running",
     "xxhash": "wire",
     "yarl": "transports.rabbitmq_connect",

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from tenacity import AsyncRetrying, RetryCallState
 
 from mqinfer import link
 from mqinfer.errors import Disconnected, Refused, Unroutable, WireError
@@ -140,6 +141,41 @@ async def test_stop_ends_the_tries_for_a_new_link() -> None:
 
     await run(links, session, stop)
     assert len(links.opened) == 1
+
+
+def pause_s(failures: int) -> float:
+    state = RetryCallState(AsyncRetrying(), None, (), {})
+    state.attempt_number = failures
+    return link.backoff()(state)
+
+
+def test_the_pause_after_a_failure_doubles_up_to_the_most_and_is_drawn_anew_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "BACKOFF_FIRST_S", 0.2)
+    monkeypatch.setattr(link, "BACKOFF_MOST_S", 10.0)
+    for failures, most_s in ((1, 0.2), (2, 0.4), (4, 1.6), (7, 10.0), (1000, 10.0)):
+        pauses = [pause_s(failures) for _ in range(200)]
+        assert all(0 <= pause <= most_s for pause in pauses)
+        assert max(pauses) > most_s / 2  # fails once in 2 ** 200
+        assert len(set(pauses)) > 100
+
+
+async def test_sessions_that_end_at_once_are_paused_between_by_the_same_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    links, asked = Links(), []
+
+    def wait(state: RetryCallState) -> float:
+        asked.append(state.attempt_number)
+        return 0.0
+
+    monkeypatch.setattr(link, "backoff", lambda: wait)
+
+    async def session(transport: Transport) -> None:
+        if len(links.opened) < 5:
+            raise Disconnected
+
+    await run(links, session)
+    assert asked == [1, 2, 3]
 
 
 def test_the_first_of_nested_errors_is_found() -> None:

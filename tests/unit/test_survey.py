@@ -11,7 +11,7 @@ from mqinfer.messages import Ask, Probe, Report
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
 from mqinfer.survey import Survey
-from mqinfer.transports.base import Delivery, Transport
+from mqinfer.transports.base import Blockage, Delivery, QueueState, Transport
 from mqinfer.transports.memory import open_memory
 from mqinfer.wire import decode, encode
 
@@ -77,6 +77,35 @@ def test_a_complaint_names_the_first_thing_to_start() -> None:
     assert "start one with `mqinfer coordinator`" in seen(worker("a", 0, 0.0)).complaint()
     assert seen(coordinator(), stages=3).complaint() == "no worker serves stage 0, 1, 2"
     assert seen(coordinator(), worker("a", 0, 0.0), worker("b", 1, 0.0)).complaint() == ""
+
+
+def test_a_broker_that_takes_nothing_is_the_first_complaint_and_shows_no_loss() -> None:
+    blocked = Survey(None, None, (None,), {}, blocked="low on memory")
+    assert "memory or disk alarm (low on memory)" in blocked.complaint()
+    assert not blocked.holds_nothing()
+    assert seen().holds_nothing()
+    assert not seen(coordinator(rows=1)).holds_nothing()
+
+
+def test_how_long_publishers_were_blocked_is_what_the_longest_blocked_one_says() -> None:
+    assert seen(worker("a", 0, 1.0, blocked_s=3), worker("b", 0, 1.0, blocked_s=30), coordinator()).blocked_s() == 30
+    assert seen().blocked_s() == 0
+
+
+async def test_where_the_broker_takes_no_question_the_queues_are_seen_all_the_same() -> None:
+    transport = open_memory(new_id("test"))
+    asked = asyncio.Event()
+
+    async def never(_exchange: str, _body: bytes) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    transport.broadcast = never  # type: ignore[method-assign]
+    transport.blockage = lambda: Blockage("low on disk" if asked.is_set() else "")  # type: ignore[method-assign]
+    await transport.declare(Topology("p").requests)
+    found = await survey.take(transport, make_plan("p"), wait_s=10)
+    assert (found.blocked, found.reports) == ("low on disk", {})
+    assert found.requests == QueueState(0, 0)
 
 
 class Answering:

@@ -1,9 +1,23 @@
 """Every cell of the table of verdicts."""
 
+import re
+
 import pytest
 
+from mqinfer import errors
+from mqinfer.errors import CacheMiss, ComputeError, MqinferError, OutOfMemory, PlanMismatch, Unroutable
 from mqinfer.messages import MissReason
-from mqinfer.verdicts import MAX_FAILURES, Verdict, decide, explain
+from mqinfer.verdicts import (
+    DEAD_LETTERS,
+    FAILURE_ROWS,
+    FATES,
+    MAX_FAILURES,
+    MISS_REASONS,
+    Fate,
+    Verdict,
+    decide,
+    explain,
+)
 
 ONE_TO_THREE = (Verdict.REPLAY_FRESH, Verdict.REPLAY_ALONE, Verdict.FAIL)
 TABLE = {
@@ -16,6 +30,64 @@ TABLE = {
     MissReason.COMPUTE: ONE_TO_THREE,
     MissReason.MEMORY: ONE_TO_THREE,
 }
+
+
+FATE_OF = {
+    "SettingsError": "tell",
+    "PlanError": "tell",
+    "OutputError": "tell",
+    "WireError": "dead",
+    "PlanMismatch": "dead",
+    "RequestError": "fail",
+    "CacheMiss": "miss",
+    "ComputeError": "miss",
+    "OutOfMemory": "miss",
+    "TransportError": "retry",
+    "Refused": "tell",
+    "Unroutable": "miss",
+    "Disconnected": "retry",
+}
+
+
+def kinds(of: type[MqinferError] = MqinferError) -> set[type[MqinferError]]:
+    """Every class of error that is ours."""
+    ours = {kind for kind in of.__subclasses__() if kind.__module__ == "mqinfer.errors"}
+    return ours.union(*(kinds(kind) for kind in ours))
+
+
+@pytest.mark.parametrize("kind", sorted(kinds(), key=lambda kind: kind.__name__))
+def test_every_error_has_the_fate_that_it_should(kind: type[MqinferError]) -> None:
+    assert FATES[kind].value == FATE_OF[kind.__name__]
+
+
+def test_the_tree_in_the_docstring_and_the_table_agree() -> None:
+    drawn = dict(re.findall(r"── (\w+) +(\w+) ", errors.__doc__ or ""))
+    assert drawn == {kind.__name__: fate.value for kind, fate in FATES.items()}
+    assert set(FATES) == kinds()
+
+
+def test_what_is_caught_by_its_fate_has_no_subclass_of_another_fate() -> None:
+    for caught, fate in ((DEAD_LETTERS, Fate.DEAD), (FAILURE_ROWS, Fate.FAIL)):
+        assert {FATES[kind] for kind in kinds() if issubclass(kind, caught)} == {fate}
+
+
+def test_whatever_is_missed_has_a_reason() -> None:
+    missed = {kind for kind, fate in FATES.items() if fate is Fate.MISS}
+    assert MISS_REASONS.keys() == missed | {PlanMismatch}
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (CacheMiss, MissReason.CACHE),
+        (ComputeError, MissReason.COMPUTE),
+        (OutOfMemory, MissReason.MEMORY),
+        (Unroutable, MissReason.GONE),
+        (PlanMismatch, MissReason.PLAN),
+    ],
+)
+def test_the_reason_of_a_miss_is_the_error_s(kind: type[MqinferError], reason: MissReason) -> None:
+    assert MISS_REASONS[kind] is reason
 
 
 def test_the_table_has_every_reason() -> None:
