@@ -106,9 +106,11 @@ class BatchJob:
     async def _enqueue(self, producer: Producer, chunk: Chunk) -> None:
         await self._rows.refuse(chunk.refusals)
         self._flying.update(number for number in chunk.requests if not self._rows.has(number, None))
+        if chunk.last > self._ticket.announced:  # before, so that a run after our death knows whose lines they are
+            self._ticket.announced, self._ticket.digest = chunk.last, chunk.digest
+            await asyncio.to_thread(self._ticket.save)
         await producer.submit(request for number, request in chunk.requests.items() if number > self._presumed)
-        if chunk.last > self._ticket.enqueued:
-            self._ticket.enqueued, self._ticket.digest = chunk.last, chunk.digest
+        self._ticket.enqueued = max(self._ticket.enqueued, chunk.last)
         await asyncio.to_thread(self._ticket.save)
 
     async def _collect(self, producer: Producer) -> None:

@@ -129,7 +129,9 @@ class Ticket:
     plan: str
     #: Every line up to here that has no row was enqueued.
     enqueued: int = 0
-    #: Digest of those lines, see `lines_digest`: a file that was changed there is another job's.
+    #: Lines up to here may have been.
+    announced: int = 0
+    #: Digest of the announced lines, see `lines_digest`: a file that was changed there is another job's.
     digest: str = ""
 
     @classmethod
@@ -147,7 +149,7 @@ class Ticket:
             return fresh, ""
         except OSError as error:
             raise SettingsError(f"can't read {path}: {error.strerror or error}") from error
-        if old.plan == plan and lines_digest(prompts, old.enqueued) == old.digest:
+        if old.plan == plan and lines_digest(prompts, max(old.announced, old.enqueued)) == old.digest:
             return old, ""
         return fresh, old.job
 
@@ -156,7 +158,8 @@ class Ticket:
         if self.path is None:
             return
         new = self.path.with_name(self.path.name + ".new")
-        fields = {"job": self.job, "plan": self.plan, "enqueued": self.enqueued, "digest": self.digest}
+        kept = ("job", "plan", "enqueued", "announced", "digest")
+        fields = {name: getattr(self, name) for name in kept}
         with _going_on(self.path):
             new.write_text(json.dumps(fields))
             new.replace(self.path)

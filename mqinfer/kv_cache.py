@@ -74,7 +74,7 @@ class KVCache:
 
     # -- asking --------------------------------------------------------------------------------
 
-    def keys(self) -> list[Key]:
+    def rows(self) -> list[Key]:
         """(owner, row) of every row that is here."""
         return list(self._entries)
 

@@ -17,7 +17,6 @@ from mqinfer.plan import Plan
 from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
 from mqinfer.verdicts import BLAMED, MAX_FAILURES, Verdict, decide, explain
 
-
 #: First trips that were given up and may come home all the same: so many are remembered, to have their rows forgotten.
 MOST_GIVEN_UP = 1024
 #: The step timeout grows to so many times what was set, where trips take longer than that.

@@ -99,6 +99,8 @@ class StageCompute:
                 max_tokens=self._max_tokens,
                 device=self._device,
             )
+            if not bool(torch.isfinite(hidden.abs().amax())):  # no worker of ours sends that on
+                return WireError("the hidden states are not finite")
             return Work(owner=step.owner, rows=step.rows, tokens=None, hidden=hidden)
         except WireError as error:
             return error

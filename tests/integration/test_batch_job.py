@@ -21,6 +21,7 @@ from mqinfer.batch_rows import Progress, Rows
 from mqinfer.errors import Disconnected, OutputError, SettingsError
 from mqinfer.link import Connect, first
 from mqinfer.messages import Request
+from mqinfer.producer import Producer
 from mqinfer.queues import Topology, new_id, results
 from mqinfer.settings import BatchSettings
 from mqinfer.transports import open_transport
@@ -331,6 +332,25 @@ async def test_a_prompts_file_that_was_changed_is_another_job(fleet: Fleet, tmp_
     start(fleet)
     await Run(fleet, prompts, output).go()
     assert set(answers(output)) == {"new", *(f"id-{i}" for i in range(1, 31))}
+
+
+async def test_lines_that_may_have_been_enqueued_when_a_run_died_are_known_to_the_next(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def die(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    prompts, output = write_prompts(tmp_path / "p", 30), tmp_path / "out"
+    first = Run(fleet, prompts, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(Producer, "submit", die)
+        with pytest.raises(ExceptionGroup):
+            await first.go()
+    assert first.ticket.enqueued == 0
+    prompts.write_text(prompts.read_text().replace("id-30", "new"))
+    second = Run(fleet, prompts, output)
+    second.file.close()
+    assert second.ticket.job != first.ticket.job
 
 
 async def test_lines_appended_to_the_prompts_file_are_done_by_the_next_run(fleet: Fleet, tmp_path: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from simulation.oracle import GARBAGE
-from simulation.scenario import Fault
-
 from mqinfer.queues import results
 from mqinfer.transports.memory_broker import Message
+from simulation.oracle import GARBAGE
+from simulation.scenario import Fault
 
 if TYPE_CHECKING:
     from simulation.world import Actor, World
@@ -105,7 +104,7 @@ def _alarm(world: World, fault: Fault) -> None:
 def _evict(world: World, fault: Fault) -> None:
     actor = _pick([actor for actor in world.actors["worker"] if actor.lives], fault.target)
     if actor is not None and actor.engine is not None:
-        for key in actor.engine.cache.keys():
+        for key in actor.engine.cache.rows():
             if world.random.random() < fault.number:
                 actor.engine.cache.drop(*key)
 

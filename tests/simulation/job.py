@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from simulation.oracle import text_of
-
 from mqinfer.batch_files import Chunk, Tag, fingerprint
 from mqinfer.batch_job import BatchJob
 from mqinfer.batch_output import Ticket
@@ -18,6 +16,7 @@ from mqinfer.messages import Request
 from mqinfer.openai_bodies import COMPLETIONS
 from mqinfer.plan import Plan
 from mqinfer.queues import new_id
+from simulation.oracle import text_of
 
 CHUNK_LINES = 4
 

@@ -1,7 +1,7 @@
-"""A model whose "hidden states" are a hash chained over plan, request, position and stage; the engine around it is real.
+"""A model whose "hidden states" are hashes chained over plan, request, position and stage; its engine is the real one.
 
 Each stage keeps its own chain in the place of keys, so that a wrong position, row, stage, epoch or cache gives a number
-that belongs to no request, and is told at once. Queues and faults may not be known here, but for what sabotages compute.
+that belongs to no request, and is told at once. Queues and faults may not be known here.
 """
 
 from __future__ import annotations

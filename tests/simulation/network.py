@@ -14,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, TypeVar
 
-from simulation.virtual import PROCESS, Process, State, VirtualLoop
-
 from mqinfer.errors import Disconnected, MqinferError, Refused, Unroutable
 from mqinfer.queues import QueueSpec
 from mqinfer.transports.base import Blockage, QueueState, Sink
 from mqinfer.transports.memory import MemoryDelivery, MemorySubscription, MemoryTransport
 from mqinfer.transports.memory_broker import Broker, Message
+from simulation.virtual import PROCESS, Process, State, VirtualLoop
 
 T = TypeVar("T")
 PUBLISH, CONSUME = 0, 1

@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from simulation.model import Truth
-
 from mqinfer.errors import WireError
 from mqinfer.messages import Message, Request
 from mqinfer.wire import decode
+from simulation.model import Truth
 
 #: Fewer deaths of workers than this can't be held against a row that did nothing.
 DEATHS_TO_BLAME = 3

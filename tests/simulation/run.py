@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import os
 import random
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +13,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from mqinfer import coordinator, observe, queues, stage_worker
+from mqinfer.messages import MissReason
 from simulation.scenario import draw
 from simulation.virtual import Stalled
 from simulation.world import World
-
-from mqinfer import coordinator, observe, queues, stage_worker
-from mqinfer.messages import MissReason
 
 #: What earlier runs left unfinished; if it were collected, killed processes would run their `finally`.
 _graveyard: list[object] = []

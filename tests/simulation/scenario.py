@@ -1,4 +1,4 @@
-"""What a seed stands for: the fleet, the load, the weather and the faults of one run. Data, drawn here and nowhere else."""
+"""What a seed stands for: the fleet, the load, the weather and the faults of one run. All of it is drawn here."""
 
 from __future__ import annotations
 

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from simulation.virtual import PROCESS
-
 from mqinfer.observe import add_sink
+from simulation.virtual import PROCESS
 
 
 @contextmanager

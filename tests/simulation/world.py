@@ -10,14 +10,6 @@ from typing import Any
 
 import torch
 
-from simulation import faults
-from simulation.job import Disk, SimTokenizer, batch_job
-from simulation.model import FIRST_TOKEN, VOCABULARY, SimEngine, SimModel, Truth, make_plan
-from simulation.network import Network, SimTransport
-from simulation.oracle import Oracle, Poison
-from simulation.scenario import Job, Scenario
-from simulation.virtual import PROCESS, Process, State, VirtualLoop
-
 from mqinfer.coordinator import Coordinator, CoordinatorSession
 from mqinfer.errors import Refused
 from mqinfer.queues import Topology
@@ -25,6 +17,13 @@ from mqinfer.settings import CoordinatorSettings, WorkerSettings
 from mqinfer.stage_compute import StageCompute
 from mqinfer.stage_inbox import OWN_PREFETCH
 from mqinfer.stage_worker import IDLE_ROUND_S, StageWorker, WorkerSession
+from simulation import faults
+from simulation.job import Disk, SimTokenizer, batch_job
+from simulation.model import FIRST_TOKEN, VOCABULARY, SimEngine, SimModel, Truth, make_plan
+from simulation.network import Network, SimTransport
+from simulation.oracle import Oracle, Poison
+from simulation.scenario import Job, Scenario
+from simulation.virtual import PROCESS, Process, State, VirtualLoop
 
 #: When everything is mended, all jobs are done within this: four looks of a stalled batch, leases, replays.
 PATIENCE_S = 1200.0

@@ -108,3 +108,14 @@ def test_rows_that_are_released_are_forgotten_before_the_step_runs() -> None:
     row = Row(row=2, epoch=0, start=0, count=1, reserve=4)
     stage.run([first_step(rows=(row,), tokens=(5,), release=((0, 0), (1, 0)))], "w0")
     assert stage.engine.cached_rows == 1
+
+
+def test_hidden_states_that_are_not_finite_make_the_step_unreadable() -> None:
+    for value in (float("nan"), float("inf")):
+        hidden = torch.ones(3, HIDDEN)
+        hidden[1, 2] = value
+        (out,) = compute(1).run([second_step(hidden)], "w1")
+        end = decode(out.body)
+        assert isinstance(end, StepDone)
+        assert out.unreadable == "the hidden states are not finite"
+        assert {miss.reason for miss in end.misses} == {MissReason.COMPUTE}
