@@ -181,7 +181,15 @@ class Roster:
         wait_until(serves, self.fleet, timeout_s, "the fleet is not complete")
 
     def heal(self) -> None:
-        """Everything runs and flows again, and nothing is left in the queues."""
+        """Everything runs and flows again; no job of an earlier test is left."""
+        self.unbreak()
+        for actor in self.fleet.actors:
+            if actor.name.startswith("batch-") and actor.lives:
+                actor.kill()
+        self.ready()
+
+    def unbreak(self) -> None:
+        """End every fault that lasts, and start what is dead."""
         for proxy in self.through.values():
             self.do(proxy.heal)
         for actor in self.fleet.actors:
@@ -190,10 +198,6 @@ class Roster:
         for actor in self.actors.values():
             if not actor.lives:
                 actor.restart()
-        for actor in self.fleet.actors:
-            if actor.name.startswith("batch-") and actor.lives:
-                actor.kill()
-        self.ready()
 
     def replaced(self, names: tuple[str, ...], start: Callable[[], object]) -> None:
         """Take these actors out of the fleet in order, and put others in."""
