@@ -106,7 +106,7 @@ def _bury(
         body = make(roster.plan)
         roster.ask(lambda link, body=body: link.publish(roster.topology.stage(STAGE).name, body))
     reasons: list[str] = []
-    wait_until(lambda: _take(roster, reasons) >= len(bodies), roster.fleet, why="dead letters")
+    wait_until(lambda: _take(roster, reasons) >= len(bodies), roster.fleet, 60, "dead letters")
     for name, (_, word) in bodies.items():
         assert any(word in reason for reason in reasons), f"{name}: {word!r} in none of {reasons}"
     job.finish(answers, report)
