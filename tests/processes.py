@@ -127,6 +127,7 @@ class Fleet:
                     stdout=file,
                     stderr=file,
                     env=os.environ | self.environment | dict(environment or {}),
+                    start_new_session=True,  # Ctrl-C in the terminal is ours; we end them in order
                 )
 
         actor = Actor(name, start, start(), log)

@@ -42,7 +42,7 @@ ALLOWANCE = 2.0
 #: How long a dead link may go unnoticed, by docs/operations.md.
 NOTICED_S = 3 * (HEARTBEAT_S + 1)
 #: Until a process has imported torch and read its weights, on a machine that is busy.
-START_S = 90.0
+START_S = 240.0
 
 STAGES = 3
 LAUNCHER = (str(Path(__file__).with_name("sabotage.py")),)

@@ -135,15 +135,31 @@ def _take(roster: Roster, reasons: list[str]) -> int:
 
 
 @pytest.mark.faults
-def test_dead_letters_can_be_listed_shown_and_purged(healed: Roster, report: Report) -> None:
-    report.fault, report.done = "hostile bodies", "`mqinfer dead list`, `show` and `purge`"
+def test_dead_letters_can_be_listed_shown_requeued_and_purged(healed: Roster, report: Report) -> None:
+    report.fault, report.done = "hostile bodies", "`mqinfer dead list`, `show`, `requeue`, `purge`"
     dead = healed.topology.dead.name
     healed.ask(lambda link: link.purge(dead))
-    healed.ask(lambda link: link.publish(healed.topology.stage(STAGE).name, b"garbage" * 100))
-    wait_until(lambda: healed.survey().dead.ready == 1, healed.fleet)  # type: ignore[union-attr]
-    listed = healed.fleet.ask("dead", "list")
-    assert listed.returncode == 0, listed.stderr
-    assert "not a body" in listed.stdout + listed.stderr
-    purged = healed.fleet.ask("dead", "purge", "--yes")
-    assert purged.returncode == 0, purged.stderr
-    assert healed.survey().dead.ready == 0  # type: ignore[union-attr]
+    stage = healed.topology.stage(STAGE).name
+    before = sum(len(worker.events("body.refused")) for worker in healed.workers(STAGE))
+    healed.ask(lambda link: link.publish(stage, b"garbage" * 100))
+
+    def buried(times: int) -> bool:
+        refused = sum(len(worker.events("body.refused")) for worker in healed.workers(STAGE)) - before
+        state = healed.survey().dead
+        return refused == times and state is not None and state.ready == 1
+
+    wait_until(lambda: buried(1), healed.fleet, 60, "a dead letter")
+    assert "not a body" in _told(healed, "list")
+    assert stage in _told(healed, "show", "1")
+    _told(healed, "requeue", "1")
+    wait_until(lambda: buried(2), healed.fleet, 60, "it is still garbage")
+    _told(healed, "purge", "--all", "--yes")
+    state = healed.survey().dead
+    assert state is not None
+    assert state.ready == 0
+
+
+def _told(roster: Roster, *command: str) -> str:
+    done = roster.fleet.ask("dead", *command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
