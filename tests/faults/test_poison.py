@@ -19,21 +19,22 @@ from mqinfer.verdicts import MAX_FAILURES
 RAISES, KILLS, MEMORY, NAN = 48_001, 48_002, 48_003, 48_004
 #: Rows that a forward at stage 0 has memory for.
 CROWD = 2
-#: One row of 224 positions fits into the workers of stage 1, a dozen short ones too.
-SMALL_KV = {"MQINFER_KV_BYTES": "4MiB"}
-TOO_LONG = 4000
+#: Keys and values of three short rows: far fewer than the coordinator has under way.
+SMALL_KV = {"MQINFER_KV_BYTES": "3MiB"}
+#: A row of so many tokens fits in the other stages.
+TOO_LONG = 1000
 
 
 @pytest.fixture(scope="module")
 def sabotaged(tmp_path_factory: pytest.TempPathFactory, node: PrivateBroker) -> Iterator[Roster]:
-    """A fleet of its own: what is wrong with stage 0 strikes at certain tokens, stage 1 has little memory for rows."""
+    """A fleet of its own: what is wrong with stage 0 strikes at certain tokens."""
     roster = Roster(tmp_path_factory.mktemp("sabotaged"), demo_model(), node, {})
     try:
         roster.coordinator("coordinator-0")
         wrong = f"raise:{RAISES},kill:{KILLS},memory:{MEMORY},nan:{NAN},crowd:{CROWD}"
         for number in range(2):
             roster.worker(f"worker-0-{number}", 0, sabotage=wrong)
-        roster.worker("worker-1-0", 1, environment=SMALL_KV)
+        roster.worker("worker-1-0", 1)
         roster.worker("worker-2-0", 2)
         roster.ready()
         yield roster
@@ -129,7 +130,14 @@ def test_a_full_cache_makes_rows_wait_and_one_that_never_fits_fails(
     run: Callable[[str, Question], tuple[Job, str]], sabotaged: Roster, report: Report
 ) -> None:
     report.fault, report.done = "KV full", "little room at stage 1, and one row that never fits"
-    _, failure = run("huge", Question("A very long story:", TOO_LONG))
+    usual, small = "worker-1-0", "worker-1-1"
+    sabotaged.replaced((usual,), lambda: sabotaged.worker(small, 1, environment=SMALL_KV))
+    try:
+        _, failure = run("huge", Question("A very long story:", TOO_LONG))
+        (worker,) = sabotaged.survey().workers(1)
+        assert worker.values["kv_used_bytes"] <= worker.values["kv_budget_bytes"]
+    finally:
+        sabotaged.replaced((small,), lambda: sabotaged.worker(usual, 1))
     assert "more memory for keys and values" in failure
 
 
