@@ -17,6 +17,8 @@ from workload import SHORT, repeated
 #: By the issue, from when the broker is up again.
 FLOWING_S = 15.0
 ALARM_S = 30.0
+#: Until the alarm is there and somebody has told of it.
+ALARMED_S = 180.0
 #: What was on its way when the alarm came may still arrive.
 SETTLING_S = 5.0
 
@@ -76,7 +78,9 @@ def test_under_an_alarm_everything_pauses_says_so_and_goes_on(
     try:
         with ThreadPoolExecutor(1) as thread:
             alarm = thread.submit(healed.broker.ctl, *on)
+            began_s = time.monotonic()
             while not (alarm.done() and told("link.blocked")):  # rabbitmqctl takes its time on a busy machine
+                assert time.monotonic() - began_s < ALARMED_S, "nobody says that the broker blocks it"
                 if not job.actor.lives:
                     job.finish(answers, report)
                     job = healed.job(asked, tmp_path)
