@@ -122,8 +122,8 @@ def test_after_all_coordinators_died_work_goes_on_from_the_checkpoints(
     drawn = _rows_of_the_last_stage(healed) - drawn_before
     left = sum(question.max_tokens for question in LONG.values()) - sum(saved.values())
     report.note = f"{drawn:.0f} tokens drawn after it, {left} not in a checkpoint"
-    # What was under way when they died is drawn once more; from the prompts it would have been all of them.
-    assert drawn <= left + 2 * len(LONG), report.note
+    # What was under way when they died is drawn once more, and a replay may take several steps for one token.
+    assert drawn <= left + 4 * len(LONG), report.note
     assert left < 0.8 * sum(question.max_tokens for question in LONG.values())
 
 
