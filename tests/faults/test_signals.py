@@ -13,7 +13,7 @@ from workload import SHORT
 
 INTERRUPTED = 130
 #: "Leaves at once".
-AT_ONCE_S = 1.0
+AT_ONCE_S = 2.0
 
 
 def test_on_sigterm_actors_drain_in_the_middle_of_a_job_and_leave_with_0(
