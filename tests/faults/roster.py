@@ -68,6 +68,10 @@ class Job:
         wait_until(lambda: self.lines >= wanted or not self.actor.lives, self.fleet, why=f"{wanted} rows")
         assert self.actor.lives, f"it ended too early\n{self.actor.said()[-2000:]}"
 
+    def advance(self, rows: int, *, since: int) -> None:
+        """Wait until it has so many rows more than `since`, or has ended."""
+        wait_until(lambda: self.lines >= since + rows or not self.actor.lives, self.fleet, why=f"{rows} rows more")
+
     def flows(self, within_s: float = PATIENCE_S) -> float:
         """Wait for the next row, or the job's end; how long it took."""
         before = self.lines
