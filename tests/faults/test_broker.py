@@ -95,6 +95,9 @@ def test_under_an_alarm_everything_pauses_says_so_and_goes_on(
     job.finish(answers, report)
     wait_until(lambda: told("link.unblocked") == told("link.blocked"), healed.fleet, why="link.unblocked")
     assert not told("link.lost"), "an alarm is no reason to give up a link"
+    blocked_s = max(seen.values.get("blocked_s", 0.0) for seen in healed.survey().reports.values())
+    report.note = f"blocked for {blocked_s:.0f} s by the actors' own count"
+    assert blocked_s >= ALARM_S, "the metric says it too"
 
 
 # -- consumer_timeout --------------------------------------------------------------------------
