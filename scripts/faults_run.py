@@ -26,8 +26,8 @@ compared with that of a run without faults: one row for every line, none missing
 """
 EPILOG = """\
 examples:
-  scripts/faults --quick              what continuous integration runs: about 6 minutes on 2 cores
-  scripts/faults                      everything: about 40 minutes
+  scripts/faults --quick              what continuous integration runs: some minutes on 2 idle cores
+  scripts/faults                      everything: the better part of an hour
   scripts/faults --only broker        the tests whose name contains "broker"
   scripts/faults --soak 30m           faults drawn at random for half an hour; watches memory and file descriptors
   scripts/faults --soak 30m --seed 7  the same faults in the same order
