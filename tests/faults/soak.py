@@ -38,7 +38,7 @@ class Soak:
         self.draw = draw
         self.report = Report(test="soak", fault="soak")
         self.faults: Counter[str] = Counter()
-        self.watch = Watch()
+        self.watch = Watch(WARM_UP_S)
         self.asked = repeated(SHORT, 2)
         self.job = self._job()
         self.failed: list[str] = []
@@ -56,13 +56,15 @@ class Soak:
             self.faults[fault.__name__] += 1
             fault(self)
             self.report.flowed(self.job.flows())
-            if time.monotonic() - began_s > min(WARM_UP_S, seconds / 3):
-                self.watch.warm(self.roster.actors.values())
-            self.watch.look()
+            self.look()
             if not self.job.actor.lives:
                 self.settle()
                 self.job = self._job()
         self.settle()
+
+    def look(self) -> None:
+        """Measure the processes that live long."""
+        self.watch.look(self.roster.actors.values(), time.monotonic())
 
     def settle(self) -> None:
         """The job comes to its end; its file is compared."""
@@ -210,6 +212,6 @@ def _soak(soak: Soak, seconds: float) -> tuple[Report, list[str], list[str]]:
             say("left")
     except AssertionError as error:
         soak.failed.append(str(error)[:2000])
-    soak.watch.look()
+    soak.look()
     soak.report.done = ", ".join(f"{name.replace('_', ' ')} {times}x" for name, times in soak.faults.most_common())
     return soak.report, soak.watch.lines(), soak.failed + soak.watch.grown()

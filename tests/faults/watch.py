@@ -35,21 +35,21 @@ def measure(pid: int) -> Size | None:
 class Watch:
     """Measures processes again and again; a process that was started anew is another process."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up_s: float) -> None:
+        self._warm_up_s = warm_up_s
+        #: By pid: when it was seen first.
+        self._seen_s: dict[int, float] = {}
         #: By pid: the actor's name and its size after the warm-up.
         self._first: dict[int, tuple[str, Size]] = {}
         self._last: dict[int, Size] = {}
 
-    def warm(self, actors: Iterable[Actor]) -> None:
-        """Those of them that are not known yet have warmed up: they are measured from here on."""
+    def look(self, actors: Iterable[Actor], now_s: float) -> None:
+        """Measure those that have been known for longer than the warm-up."""
         for actor in actors:
-            if actor.process.pid not in self._first and (size := measure(actor.process.pid)):
-                self._first[actor.process.pid] = (actor.name, size)
-
-    def look(self) -> None:
-        """Measure all that live."""
-        for pid in self._first:
-            if size := measure(pid):
+            pid = actor.process.pid
+            warm = now_s - self._seen_s.setdefault(pid, now_s) >= self._warm_up_s
+            if warm and (size := measure(pid)):
+                self._first.setdefault(pid, (actor.name, size))
                 self._last[pid] = size
 
     def lines(self) -> list[str]:
