@@ -42,6 +42,7 @@ the columns, as in RabbitMQ's own Jepsen suite:
   flowing     the longest time until the next result came, in seconds (of the fault, or of its end)
 
 exit code: 0 every row held, 1 something did not, 130 stopped by Ctrl-C (with the report so far).
+A soak that is stopped finishes its job and is judged like any other.
 Needs root, or an installed rabbitmq-server; mounting a small disk needs root, or ENOSPC is injected instead.
 """
 
@@ -106,7 +107,11 @@ def soak(seconds: float, seed: int) -> int:
     sys.path[:0] = [str(SUITE), str(ROOT / "tests"), str(ROOT / "scripts")]
     import soak as soaking
 
-    made, growth, wrong = soaking.run(seconds, seed)
+    try:
+        made, growth, wrong = soaking.run(seconds, seed)
+    except KeyboardInterrupt:
+        print("stopped before it had begun", file=sys.stderr)
+        return 130
     show([asdict(made) | {"outcome": "failed" if wrong else "passed"}])
     print("\n".join(["", "memory and file descriptors, from the warm-up to the end:", *growth]))
     print("\n".join(["", *(f"WRONG: {what}" for what in wrong)]) if wrong else "\nnothing was lost and nothing grew")
