@@ -50,7 +50,10 @@ class PrivateBroker:
     Every process leads a group whose number stands in a file of the folder, where the janitor finds it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, config: str = "", advanced: str = "") -> None:
+        """`config`: more lines of rabbitmq.conf; `advanced`: advanced.config, for what rabbitmq.conf has no key for."""
+        self._config = config
+        self._advanced = advanced or "[]."
         self._folder = Path(tempfile.mkdtemp(prefix="mqinfer-broker-"))
         # Its own session: Ctrl-C in the terminal must reach the owner only.
         self._janitor = subprocess.Popen(
@@ -121,7 +124,8 @@ class PrivateBroker:
             "loopback_users = none\n"
             "disk_free_limit.absolute = 50MB\n"  # the default refuses messages on a small disk
         )
-        (self._folder / "rabbitmq.conf").write_text(config)
+        (self._folder / "rabbitmq.conf").write_text(config + self._config)
+        (self._folder / "advanced.config").write_text(self._advanced)
         (self._folder / "enabled_plugins").write_text("[].\n")
         (self._folder / "env.conf").touch()
 
@@ -138,6 +142,7 @@ class PrivateBroker:
             "RABBITMQ_DIST_PORT": str(self._dist_port),
             "RABBITMQ_CONF_ENV_FILE": f"{folder}/env.conf",
             "RABBITMQ_CONFIG_FILE": f"{folder}/rabbitmq.conf",
+            "RABBITMQ_ADVANCED_CONFIG_FILE": f"{folder}/advanced.config",
             "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/enabled_plugins",
             "RABBITMQ_MNESIA_BASE": f"{folder}/mnesia",
             "RABBITMQ_LOG_BASE": f"{folder}/log",
