@@ -35,20 +35,22 @@ class Bug:
             yield
 
 
-def _ack_before_publish(right: Any) -> Any:
-    async def publish(self: Any, taken: Any, outgoing: Any) -> None:
-        for item in taken:
-            await item.delivery.ack()
-        try:
-            for item, out in zip(taken, outgoing, strict=True):
-                if out.ends:
-                    await self._to_owner(item.step.owner, out.body)
-                else:
-                    await self._to_next(item.step, out)
-        finally:
-            self._publishing.release()
+def _settle_on_arrival(right: Any) -> Any:
+    async def admit(self: Any, request: Any, delivery: Any, round_: int) -> None:
+        await right(self, request, delivery, round_)
+        for held in self._held.values():
+            if held.lease.delivery is delivery:
+                await delivery.ack()
+                held.lease.delivery = Settled()
 
-    return publish
+    return admit
+
+
+class Settled:
+    """In the place of a delivery that was settled too early."""
+
+    async def ack(self) -> None:
+        """It was."""
 
 
 def _settle_before_result(right: Any) -> Any:
@@ -196,11 +198,11 @@ def _gone_unseen(right: Any) -> Any:
 
 
 BUGS: Mapping[str, Bug] = {
-    "ack-before-confirm": Bug(
-        "a worker acks its input before its output is confirmed",
-        stage_worker.WorkerSession,
-        "_publish",
-        _ack_before_publish,
+    "settled-on-arrival": Bug(
+        "a request is settled before anything follows from it",
+        coordinator.CoordinatorSession,
+        "_admit",
+        _settle_on_arrival,
     ),
     "settled-before-result": Bug(
         "a lease is settled before the result is out",

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from simulation.planted import BUGS
 from simulation.scenario import FAULTS, draw
 

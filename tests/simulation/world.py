@@ -19,8 +19,9 @@ from mqinfer.stage_inbox import OWN_PREFETCH
 from mqinfer.stage_worker import IDLE_ROUND_S, StageWorker, WorkerSession
 from simulation import faults
 from simulation.job import Disk, SimTokenizer, batch_job
+from simulation.link import SimTransport
 from simulation.model import FIRST_TOKEN, VOCABULARY, SimEngine, SimModel, Truth, make_plan
-from simulation.network import Network, SimTransport
+from simulation.network import Network
 from simulation.oracle import Oracle, Poison
 from simulation.scenario import Job, Scenario
 from simulation.virtual import PROCESS, Process, State, VirtualLoop
