@@ -19,7 +19,7 @@ from simulation.scenario import draw
 from simulation.trace import tracing
 
 #: Seeds that one process runs before it goes, with all that its runs left behind.
-CHUNK = 25
+CHUNK = 100
 PROGRESS_S = 10.0
 
 EPILOG = """\
@@ -123,7 +123,8 @@ def _hunt(name: str, seeds: int, jobs: int) -> int:
 
 
 def _verdicts(seeds: Sequence[int], jobs: int) -> Iterator[Verdict]:
-    chunks = [seeds[at : at + CHUNK] for at in range(0, len(seeds), CHUNK)]
+    size = min(CHUNK, -(-len(seeds) // jobs))
+    chunks = [seeds[at : at + size] for at in range(0, len(seeds), size)]
     with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=1) as pool:
         for verdicts in pool.imap_unordered(_chunk, chunks):
             yield from verdicts

@@ -89,10 +89,32 @@ FAULTS: dict[str, float] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What the parts of a scenario are drawn from, each as likely as it stands there."""
+
+    stages: Sequence[int]
+    workers: Sequence[int]
+    coordinators: Sequence[int]
+    jobs: Sequence[int]
+    prompts: Sequence[int]
+    prompt_tokens: Sequence[int]
+    output_tokens: Sequence[int]
+
+
+#: Most orders of events that matter need few actors: small runs are many for their price, large ones show the rest.
+SMALL = Size((1, 2, 2, 3), (1, 1, 2), (1, 1, 2), (1, 1, 1, 2), (1, 2, 3), (4, 12), (3, 6))
+LARGE = Size(
+    (1, 2, 2, 3, 3, 4, 5, 6), (1, 1, 1, 2, 2, 3, 4), (1, 1, 2, 2, 3), (1, 1, 1, 2, 3), (3, 8), (4, 12, 90), (3, 6, 12)
+)
+SMALL_SHARE = 0.7
+
+
 def draw(seed: int) -> Scenario:
     """The scenario of a seed."""
     random = Random(f"scenario {seed}")
-    stages = random.choice((1, 1, 2, 2, 2, 3, 3, 4, 5, 6))
+    size = SMALL if random.random() < SMALL_SHARE else LARGE
+    stages = random.choice(size.stages)
     heartbeat_s = random.choice((1.0, 3.0))
     faulty_s = random.uniform(3, 15)
     faults = _faults(random, faulty_s)
@@ -102,9 +124,9 @@ def draw(seed: int) -> Scenario:
     step_timeout_s = random.uniform(4, 8)
     return Scenario(
         seed=seed,
-        workers=[_workers(random) for _ in range(stages)],
-        coordinators=random.choice((1, 1, 2, 2, 3)),
-        jobs=_jobs(random, faulty_s),
+        workers=[_workers(random, size) for _ in range(stages)],
+        coordinators=random.choice(size.coordinators),
+        jobs=_jobs(random, size, faulty_s),
         weather=_weather(random, heartbeat_s, timeout_s),
         faults=faults,
         healed_s=faulty_s + longest_s,
@@ -123,23 +145,24 @@ def draw(seed: int) -> Scenario:
     )
 
 
-def _workers(random: Random) -> list[float]:
-    count = random.choice((1, 1, 1, 1, 2, 2, 3, 4))
+def _workers(random: Random, size: Size) -> list[float]:
+    count = random.choice(size.workers)
     return [random.uniform(0.02, 0.3) * random.choice((1, 1, 3)) for _ in range(count)]
 
 
-def _jobs(random: Random, faulty_s: float) -> list[Job]:
+def _jobs(random: Random, size: Size, faulty_s: float) -> list[Job]:
     jobs = []
-    for _ in range(random.choice((1, 1, 1, 1, 2, 3))):
-        prompts = [_prompt(random) for _ in range(random.randint(1, random.choice((3, 8))))]
+    for _ in range(random.choice(size.jobs)):
+        prompts = [_prompt(random, size) for _ in range(random.randint(1, random.choice(size.prompts)))]
         starts_s = random.uniform(0, faulty_s / 2)
         cancelled_s = starts_s + random.uniform(0, faulty_s / 2) if random.random() < 0.1 else None
         jobs.append(Job(prompts, starts_s, random.choice((2, 8, 64)), cancelled_s))
     return jobs
 
 
-def _prompt(random: Random) -> Prompt:
-    length, max_tokens = random.randint(1, random.choice((4, 12, 90))), random.randint(1, random.choice((3, 6, 12)))
+def _prompt(random: Random, size: Size) -> Prompt:
+    length = random.randint(1, random.choice(size.prompt_tokens))
+    max_tokens = random.randint(1, random.choice(size.output_tokens))
     poison = random.choice(("raises", "kills")) if random.random() < 0.01 else ""
     return Prompt(length, max_tokens, poison, random.randint(0, length + max_tokens - 2))
 
