@@ -56,7 +56,7 @@ class Oracle:
     #: By request.
     poisons: dict[str, Poison] = field(default_factory=dict)
     poison_kills: Counter[str] = field(default_factory=Counter)
-    #: Workers that went without a word, but for those that a poison killed: each may be held against its rows.
+    #: Workers that went, but for those that a poison killed: each may be held against its rows.
     deaths: int = 0
     coordinators_lost: int = 0
     #: Messages that the network brought twice: each may kill once more.
