@@ -138,7 +138,7 @@ class CoordinatorSession:
     async def _receive(self) -> None:
         while True:
             delivery, round_ = await self._inbox.get()
-            self._unread[round_] -= round_ > 0
+            self._unread -= Counter({round_: 1})  # what comes to nothing is no longer kept
             try:
                 message = decode(delivery.body)
             except DEAD_LETTERS as error:
