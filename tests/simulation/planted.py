@@ -1,8 +1,8 @@
 """Bugs to be planted, each of which the simulation must find: that it can fail is shown by making it fail.
 
-Each replaces one piece of the product by a wrong one. `scripts/simulate --planted` plants one after the other. No bug is
-what the design makes harmless: a step that is lost, acked too early or put back to nowhere is replayed, a checkpoint that
-lacks a token is one of a moment before.
+Each replaces one piece of the product by a wrong one. `scripts/simulate --planted` plants one after the other.
+No bug is what the design makes harmless: a step that is lost, acked too early or put back to nowhere is replayed, a
+checkpoint that lacks a token is one of a moment before.
 """
 
 from __future__ import annotations
