@@ -149,10 +149,10 @@ class CoordinatorSession:
                     await self._admit(message, delivery, round_)
                 case StepTaken():
                     await delivery.ack()
-                    self._scheduler.taken(message)
+                    self._scheduler.taken(message, self._clock_s())
                 case StepDone():
                     await delivery.ack()
-                    self._perform(self._scheduler.done(message, now_s()))
+                    self._perform(self._scheduler.done(message, self._clock_s()))
                 case Ask():
                     await delivery.ack()
                     self._tasks.create_task(self._report(message))
@@ -160,6 +160,10 @@ class CoordinatorSession:
                     await delivery.ack()
                 case _:
                     await bury(self._transport, self._topology.dead, delivery, f"a {type(message).__name__} here")
+
+    def _clock_s(self) -> float:
+        """The scheduler's clock: it stands still while the broker takes nothing; nothing is overdue for that."""
+        return now_s() - self._transport.blockage().total_s
 
     async def _admit(self, request: Request, delivery: Delivery, round_: int) -> None:
         if request.id in self._ids:  # a repeat: the first delivery holds the lease
@@ -179,7 +183,7 @@ class CoordinatorSession:
         self._ids.add(request.id)
         row, ended = self._scheduler.add(request)
         self._held[row.number] = Held(row, lease, len(request.output), request.failures)
-        self._perform([*ended, *self._scheduler.form(now_s())])
+        self._perform([*ended, *self._scheduler.form(self._clock_s())])
 
     async def _refuse(self, request: Request, lease: Lease, why: str) -> None:
         emit(REQUEST_REFUSED, request=request.id, error=why)
@@ -238,7 +242,7 @@ class CoordinatorSession:
         try:
             await self._transport.publish(send.queue, body)
         except Unroutable:
-            self._perform(self._scheduler.unsent(send.step.microbatch, send.queue, now_s()))
+            self._perform(self._scheduler.unsent(send.step.microbatch, send.queue, self._clock_s()))
 
     async def _forget(self, forget: Forget) -> None:
         with contextlib.suppress(Unroutable):
@@ -280,12 +284,12 @@ class CoordinatorSession:
                     await self._transport.publish(queue, probe)
                 except Unroutable:
                     emit(WORKER_GONE, queue=queue)
-                    self._perform(self._scheduler.gone(queue, now_s()))
+                    self._perform(self._scheduler.gone(queue, self._clock_s()))
             for stage in range(len(self._plan.stages)):
                 state = await self._transport.inspect(self._topology.stage(stage).name)
                 self._scheduler.consumers[stage] = state.consumers if state else 0
-            self._perform(self._scheduler.overdue(now_s()))
-            self._perform(self._scheduler.form(now_s()))
+            self._perform(self._scheduler.overdue(self._clock_s()))
+            self._perform(self._scheduler.form(self._clock_s()))
 
     async def _keep_leases(self) -> None:
         while True:
@@ -298,10 +302,10 @@ class CoordinatorSession:
             await self._intake.tune()
 
     def _due(self, held: Held, now_s: float) -> bool:
-        """Blame is kept at once: a row that kills must not begin afresh with every coordinator."""
+        """Blame, and its end, is kept at once: a row that kills must not begin afresh with every coordinator."""
         age_s = now_s - held.lease.renewed_at_s
         grown = len(held.row.output) > held.kept_tokens and age_s >= self._settings.checkpoint_s
-        blamed = held.row.failures > held.kept_failures
+        blamed = held.row.failures != held.kept_failures
         return held.row.number in self._scheduler.rows and (blamed or grown or age_s >= self._settings.lease_s)
 
     async def _renew(self, held: Held) -> None:

@@ -161,13 +161,18 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTaken:
-    """A worker is about to compute a step on its first trip: should it die now, its owner knows of what."""
+    """A worker has taken a step on its first trip, or begins with one that travels alone, or is through with that.
+
+    Should the worker die meanwhile, the step's owner knows of what.
+    """
 
     plan: str
     microbatch: int
     number: int
     #: The worker's queue.
     worker: str
+    #: Of a step that travels alone: it is computed and on its way.
+    passed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,8 @@ class Microbatch:
     #: Nobody joins any more.
     closed: bool = False
     route: tuple[str, ...] = ()
-    #: Workers that have taken the step on its first trip: all that is known of its route until it comes home.
+    #: Workers that have taken the step under way on its first trip, all that is known of its route until it comes
+    #: home; where the microbatch is `alone`, those that compute it just now.
     takers: list[str] = field(default_factory=list)
     #: Number of the step under way.
     step: int = -1
@@ -69,8 +70,9 @@ class Microbatch:
         return self.route or tuple(self.takers)
 
     def held_at(self, worker: str) -> int:
-        """The stage at which this worker has the step of the first trip in its hands; -1 where that is not known."""
-        return len(self.takers) - 1 if self.takers and self.takers[-1] == worker else -1
+        """At which stage this worker has the step in its hands, about; -1 where that is not known."""
+        holding = self.takers if self.alone else self.takers[-1:]
+        return len(self.takers) - 1 if worker in holding else -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class Replayed:
     row: LiveRow
     reason: MissReason
     detail: str
-    #: Positions whose computing is lost.
+    #: Positions whose computing is lost, those of the step under way included.
     lost_tokens: int
 
 

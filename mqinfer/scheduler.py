@@ -17,7 +17,7 @@ from mqinfer.plan import Plan
 from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
 from mqinfer.verdicts import BLAMED, MAX_FAILURES, Verdict, decide, explain
 
-#: First trips that were given up and may come home all the same: so many are remembered, to have their rows forgotten.
+#: Trips that were given up and may come home all the same: so many are remembered, to have their rows forgotten.
 MOST_GIVEN_UP = 1024
 #: The step timeout grows to so many times what was set, where trips take longer than that.
 MOST_PATIENCE = 8
@@ -34,7 +34,7 @@ class Scheduler:
         self._limits = limits
         self._find_stop = find_stop
         self._step_timeout_s = step_timeout_s
-        #: Doubles with every step that is overdue, until there is nothing to do: a pipeline that is slower than the
+        #: Doubles when steps are overdue, halves when one comes home quickly: a pipeline that is slower than the
         #: timeout would replay its rows for ever.
         self._patience = 1
         #: (row, epoch) pairs by the microbatch that was given up with them, the latest last.
@@ -99,10 +99,15 @@ class Scheduler:
             decisions += self._open(rows, now_s)
         return decisions
 
-    def taken(self, step: StepTaken) -> None:
-        """A worker has begun with a step on its first trip."""
+    def taken(self, step: StepTaken, now_s: float) -> None:
+        """A worker has the step in its hands, or is through with it: its time begins anew."""
         microbatch = self.microbatches.get(step.microbatch)
-        if microbatch is not None and step.number == microbatch.step and not microbatch.route:
+        if microbatch is None or step.number != microbatch.step:
+            return
+        microbatch.sent_at_s = now_s
+        if step.passed:
+            microbatch.takers = [worker for worker in microbatch.takers if worker != step.worker]
+        elif microbatch.alone or not microbatch.route:
             microbatch.takers.append(step.worker)
 
     def done(self, end: StepDone, now_s: float) -> list[Decision]:
@@ -114,8 +119,9 @@ class Scheduler:
             return []
         if len(end.route) > len(microbatch.route):
             microbatch.route = end.route
-            microbatch.takers.clear()
         microbatch.closed |= end.closing
+        if now_s - microbatch.sent_at_s < self._step_timeout_s / 2:
+            self._patience = max(self._patience // 2, 1)
         missed = {miss.row: miss for miss in end.misses}
         drawn = {sampled.row: sampled for sampled in end.sampled}
         decisions: list[Decision] = []
@@ -210,7 +216,8 @@ class Scheduler:
             del self.rows[row.number]
             code = "memory" if miss.reason in (MissReason.NEVER, MissReason.MEMORY) else "compute"
             return [Ended(row, FinishReason.ERROR, error_code=code, error=explain(miss.reason, miss.detail))]
-        replayed = Replayed(row, miss.reason, miss.detail, row.cached)
+        under_way = sum(part.count for part in microbatch.parts if part.row == row.number)
+        replayed = Replayed(row, miss.reason, miss.detail, row.cached + under_way)
         row.epoch += 1
         row.cached = 0
         row.alone = row.failures >= MAX_FAILURES - 1
@@ -223,12 +230,14 @@ class Scheduler:
         """Note a failure that may be the row's own doing.
 
         A worker that died on a route may have died of any row of any microbatch there: the first such death counts
-        as one failure, the second sends the row on alone. One row at a time travels alone, so that a death counts
-        in full for it and for nobody else.
+        as one failure, the second sends the row on alone. One row at a time travels alone, and the worker says when it
+        computes that row and nothing else: a death then counts in full for it, any other death not at all.
         """
         if miss.reason not in BLAMED:
             return
-        if miss.reason is MissReason.LOST and miss.stage < 0 and not microbatch.alone:
+        if miss.reason is MissReason.LOST and microbatch.alone:
+            row.failures += miss.stage >= 0 and bool(microbatch.takers)
+        elif miss.reason is MissReason.LOST and miss.stage < 0:
             row.deaths += 1
             row.failures = max(row.failures, min(row.deaths, MAX_FAILURES - 1))
         else:
@@ -271,6 +280,7 @@ class Scheduler:
 
     def _send(self, microbatch: Microbatch, now_s: float) -> Send:
         microbatch.step += 1
+        microbatch.takers.clear()
         microbatch.sent_at_s = now_s
         microbatch.timeout_s = self._step_timeout_s * self._patience
         microbatch.parts = self._parts(microbatch.rows)
@@ -310,10 +320,10 @@ class Scheduler:
     def _abandon(
         self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "", stage: int = -1
     ) -> list[Decision]:
-        if not microbatch.route:  # who computes it yet is not known
-            self._given_up[microbatch.number] = tuple((row.number, row.epoch) for row in microbatch.rows)
-            if len(self._given_up) > MOST_GIVEN_UP:
-                self._given_up.popitem(last=False)
+        left = tuple((row.number, row.epoch) for row in microbatch.rows)
+        self._given_up[microbatch.number] = (*microbatch.released, *left)
+        if len(self._given_up) > MOST_GIVEN_UP:
+            self._given_up.popitem(last=False)
         decisions: list[Decision] = []
         for row in list(microbatch.rows):
             miss = Miss(row=row.number, epoch=row.epoch, stage=stage, reason=reason, detail=detail)

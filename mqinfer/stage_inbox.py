@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from mqinfer.link import publish_declared
+from mqinfer.messages import Step
 from mqinfer.observe import ACTOR_READY, emit
 from mqinfer.queues import QueueSpec
 from mqinfer.transports.base import Delivery, Subscription, Transport
@@ -15,6 +17,13 @@ from mqinfer.transports.base import Delivery, Subscription, Transport
 OWN_PREFETCH = 64
 #: How often a worker that does not listen looks whether it may again.
 PAUSE_S = 0.2
+
+
+class Taken(NamedTuple):
+    """A step in our hands."""
+
+    step: Step
+    delivery: Delivery
 
 
 class StageInbox:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
@@ -25,7 +25,7 @@ from mqinfer.queues import Topology, new_id
 from mqinfer.settings import WorkerSettings
 from mqinfer.stage_compute import Outgoing, StageCompute, step_done
 from mqinfer.stage_counts import StageCounts
-from mqinfer.stage_inbox import StageInbox
+from mqinfer.stage_inbox import StageInbox, Taken
 from mqinfer.transports.base import Delivery, Transport
 from mqinfer.verdicts import DEAD_LETTERS
 from mqinfer.wire import MAX_STEP_BYTES, decode, encode
@@ -40,13 +40,6 @@ MOST_FAILED_STEPS = 12
 IDLE_ROUND_S = 5.0
 
 T = TypeVar("T")
-
-
-class Taken(NamedTuple):
-    """A step in our hands."""
-
-    step: Step
-    delivery: Delivery
 
 
 class StageWorker:
@@ -190,15 +183,17 @@ class WorkerSession:
             await taken.delivery.ack()
             return False
         if self._has_room(taken.step):
-            await self._tell_taken(taken.step)
+            if not taken.step.alone:
+                await self._tell_taken(taken.step)
             return True
         await self._inbox.stop_until(lambda: self._has_room(taken.step))
         await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
         return False
 
-    async def _tell_taken(self, step: Step) -> None:
+    async def _tell_taken(self, step: Step, *, passed: bool = False) -> None:
         """Before it is computed: a stage's only worker that dies of it has no peer who would see it redelivered."""
-        told = StepTaken(plan=step.plan, microbatch=step.microbatch, number=step.number, worker=self._queue.name)
+        me = self._queue.name
+        told = StepTaken(plan=step.plan, microbatch=step.microbatch, number=step.number, worker=me, passed=passed)
         await self._to_owner(step.owner, encode(told))
 
     def _has_room(self, step: Step) -> bool:
@@ -208,12 +203,30 @@ class WorkerSession:
     # -- computing and publishing --------------------------------------------------------------
 
     async def _run(self, taken: Sequence[Taken]) -> None:
+        if taken[0].step.alone:
+            await self._run_alone(taken[0])
+            return
+        outgoing = await self._compute_steps(taken)
+        await self._publishing.acquire()
+        self._tasks.create_task(self._publish(taken, outgoing))
+
+    async def _run_alone(self, item: Taken) -> None:
+        """A suspect: its owner knows just when it is computed, and nothing else is or has yet to be published then."""
+        for _ in range(PUBLISHING):
+            await self._publishing.acquire()
+        await self._tell_taken(item.step)
+        outgoing = await self._compute_steps([item])
+        await self._publish([item], outgoing)
+        for _ in range(PUBLISHING - 1):
+            self._publishing.release()
+        await self._tell_taken(item.step, passed=True)
+
+    async def _compute_steps(self, taken: Sequence[Taken]) -> list[Outgoing]:
         began_s = now_s()
         steps = [item.step for item in taken]
         outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing)
         self._counts.computed(steps, now_s() - began_s)
-        await self._publishing.acquire()
-        self._tasks.create_task(self._publish(taken, outgoing))
+        return outgoing
 
     async def _publish(self, taken: Sequence[Taken], outgoing: Sequence[Outgoing]) -> None:
         try:

@@ -85,7 +85,7 @@ async def kept_informed(
     forget = add_sink(manager.sink)
     tasks = [asyncio.create_task(_tell_leaving(manager, stop))]
     if manager.watchdog_s is not None:
-        tasks.append(asyncio.create_task(_feed(manager, pulse, manager.watchdog_s / 2)))
+        tasks.append(asyncio.create_task(_feed(manager, pulse, manager.watchdog_s / 4)))
     try:
         yield
     finally:
@@ -103,13 +103,14 @@ async def _tell_leaving(manager: ServiceManager, stop: asyncio.Event) -> None:
 
 async def _feed(manager: ServiceManager, pulse: Pulse, interval_s: float) -> None:
     while True:
-        await _beat(pulse, interval_s)
+        if await _beat(pulse, interval_s):
+            manager.tell(STATUS="serves")
         manager.tell(WATCHDOG="1")
         await asyncio.sleep(interval_s)
 
 
-async def _beat(pulse: Pulse, interval_s: float) -> None:
-    """Returns when the pulse was felt; says so, once, when that takes long."""
+async def _beat(pulse: Pulse, interval_s: float) -> bool:
+    """Returns when the pulse was felt: whether that took long, which is said, once, while it does."""
     began_s = time.monotonic()
     beat = asyncio.ensure_future(pulse())
     try:
@@ -117,6 +118,7 @@ async def _beat(pulse: Pulse, interval_s: float) -> None:
         if not done:
             emit(ACTOR_STALLED, seconds=time.monotonic() - began_s)
         await beat
+        return not done
     finally:
         beat.cancel()
 

@@ -62,7 +62,9 @@ class Gate:
 
     def open(self) -> None:
         """The broker takes everything again; twice is harmless."""
-        if seconds := self._unlock():
+        was_shut = not self._open.is_set()  # for no time at all, where the loop read both frames in one turn
+        seconds = self._unlock()
+        if was_shut:
             emit(LINK_UNBLOCKED, link=self._name, seconds=seconds)
             self._reschedule(_now_s() + self._timeout_s)
 

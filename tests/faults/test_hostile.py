@@ -19,7 +19,7 @@ from mqinfer.messages import Packed, Row, Step
 from mqinfer.plan import Plan
 from mqinfer.tensor_codec import pack
 from mqinfer.transports.base import Delivery, Transport
-from mqinfer.wire import MAX_STEP_BYTES, encode
+from mqinfer.wire import MAX_STEP_BYTES, PREFIX_BYTES, encode
 
 STAGE = 1
 #: What a worker may grow by over all of them: bodies that are read, and nothing that they claim to hold.
@@ -54,6 +54,12 @@ def _bomb(plan: Plan) -> bytes:
     return _step(plan, Packed(codec=packed.codec, dtype=packed.dtype, shape=packed.shape, blobs=blobs))
 
 
+def _oversize() -> bytes:
+    """Right but for its size: it is refused before its checksum is looked at."""
+    behind = 2 * MAX_STEP_BYTES + 1 - PREFIX_BYTES
+    return struct.pack("<4sHHQQQ", b"\x93MQI", 1, 0, 32, behind - 32, 0) + bytes(behind)
+
+
 def _flipped(body: bytes) -> bytes:
     return body[:-9] + bytes([body[-9] ^ 1]) + body[-8:]
 
@@ -63,15 +69,17 @@ BODIES: dict[str, tuple[Callable[[Plan], bytes], str]] = {
     "garbage": (lambda plan: b"\x00garbage" * 1000, "not a body"),
     "truncated": (lambda plan: _step(plan, _good(plan))[:-100], "add up"),
     "flipped": (lambda plan: _flipped(_step(plan, _good(plan))), "checksum"),
-    "oversize": (lambda plan: bytes(2 * MAX_STEP_BYTES + 1), "not a body"),
+    "oversize": (lambda plan: _oversize(), f"the limit is {2 * MAX_STEP_BYTES}"),
     "oversize header": (lambda plan: struct.pack("<4sHHQQQ", b"\x93MQI", 1, 0, 2**60, 0, 0), "limit"),
     "bomb": (_bomb, "bytes"),
     "wrong digest": (lambda plan: _step(plan, _good(plan), "0" * len(plan.digest)), "plan"),
 }
 
 
-def _rss_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+def _peak_bytes(pid: int) -> int:
+    """The most memory that the process has had: what was taken and given back again counts too."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def test_hostile_bodies_are_buried_with_their_reason_and_the_workers_live(
@@ -101,7 +109,7 @@ def _bury(
     pids = [worker.process.pid for worker in workers]
     job = roster.job(SHORT, folder)
     job.reach(0.1)
-    before = [_rss_bytes(pid) for pid in pids]
+    before = [_peak_bytes(pid) for pid in pids]
     for make, _ in bodies.values():
         body = make(roster.plan)
         roster.ask(lambda link, body=body: link.publish(roster.topology.stage(STAGE).name, body))
@@ -111,7 +119,7 @@ def _bury(
         assert any(word in reason for reason in reasons), f"{name}: {word!r} in none of {reasons}"
     job.finish(answers, report)
     assert [worker.process.pid for worker in workers if worker.lives] == pids
-    grown = max(_rss_bytes(pid) - then for pid, then in zip(pids, before, strict=True))
+    grown = max(_peak_bytes(pid) - then for pid, then in zip(pids, before, strict=True))
     report.note = f"{len(reasons)} buried, a worker grew by {grown / 2**20:.0f} MiB"
     assert grown < GROWTH_BYTES
 

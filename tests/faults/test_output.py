@@ -57,7 +57,7 @@ def test_a_full_disk_stops_the_job_in_a_sentence_and_it_goes_on_later(
             assert "No space left" in report.note
             subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
             healed.run(prompts, output, SHORT).finish(answers, report)
-    else:  # a limit on the size of files stands for the disk
+    else:  # an fsync that fails stands for the disk
         report.done = "fsync says ENOSPC"
         _fsync_fails("ENOSPC", "No space left", healed, answers, report, tmp_path)
 

@@ -11,7 +11,8 @@ from simulation.oracle import GARBAGE
 from simulation.scenario import Fault
 
 if TYPE_CHECKING:
-    from simulation.world import Actor, World
+    from simulation.actor import Actor
+    from simulation.world import World
 
 T = TypeVar("T")
 
@@ -117,6 +118,11 @@ def _delete_queue(world: World, fault: Fault) -> None:
 
 def _garbage(world: World, fault: Fault) -> None:
     if queue := _pick(world.network.broker.queues(), fault.target):
+        ends_dead = queue.spec.name in {spec.name for spec in world.topology.shared(len(world.plan.stages))}
+        vanishes = world.scenario.weather.forgets_new_queues or any(
+            other.kind == "delete queue" for other in world.scenario.faults
+        )
+        world.oracle.garbage += ends_dead and not vanishes
         world.network.broker.route(queue.spec.name, Message(body=GARBAGE, headers={}, persistent=True))
 
 

@@ -95,6 +95,7 @@ class SimTransport:
         self._loss: Disconnected | None = None
         self._pending: dict[asyncio.Future[Any], None] = {}
         self._held_since_s: dict[MemoryDelivery, float] = {}
+        self._blocked_before_s = network.told_blocked_s()
         process.on_death.append(self._process_died)
 
     # -- what actors call ------------------------------------------------------------------------
@@ -167,7 +168,9 @@ class SimTransport:
 
     def blockage(self) -> Blockage:
         """See base.Transport."""
-        return Blockage("alarm" if self.network.alarmed else "")
+        network = self.network
+        reason = "" if network.told_at_s is None else "memory"
+        return Blockage(reason, network.told_blocked_s() - self._blocked_before_s)
 
     async def closed(self) -> None:
         """See base.Transport."""

@@ -55,6 +55,8 @@ class Network:
     links: list[SimTransport] = field(default_factory=list)
     up: bool = True
     alarmed: bool = False
+    told_at_s: float | None = None
+    blocked_s: float = 0.0
     #: Publishes that the broker does not read while it is short of memory.
     held: list[Callable[[], None]] = field(default_factory=list)
     duplicates: int = 0
@@ -119,13 +121,19 @@ class Network:
     def alarm(self, *, told: bool) -> None:
         """The broker reads no publishes any more; clients that were not told lose patience."""
         self.alarmed = True
+        self.told_at_s = self.loop.time() if told else None
         if not told:
             for link in list(self.links):
                 self.loop.call_later(self.weather.timeout_s, link.lose_patience, context=link.process.context)
 
+    def told_blocked_s(self) -> float:
+        """How long publishers knew that the broker took nothing, over the whole run."""
+        return self.blocked_s + (0.0 if self.told_at_s is None else self.loop.time() - self.told_at_s)
+
     def calm(self) -> None:
         """The alarm is over: what waits is read, also what nobody waits for any more."""
-        self.alarmed = False
+        self.blocked_s = self.told_blocked_s()
+        self.alarmed, self.told_at_s = False, None
         held, self.held = self.held, []
         for publish in held:
             publish()

@@ -61,8 +61,10 @@ class Oracle:
     coordinators_lost: int = 0
     #: Messages that the network brought twice: each may kill once more.
     duplicates: int = 0
-    #: Rows that were given up because their step took too long: it may kill yet.
-    overdue: int = 0
+    #: By request, how often its step was given up because it took too long: it may kill yet.
+    overdue: Counter[str] = field(default_factory=Counter)
+    #: Garbage that was put where only a dead letter may become of it.
+    garbage: int = 0
     #: How often a request was published anew to `requests`, or came back twice: each copy is a lease by right.
     copies: Counter[str] = field(default_factory=Counter)
     #: Stands for all messages that entered a queue.
@@ -143,16 +145,16 @@ class Oracle:
                 self.complain(f"{name} {self.poisons[name].what} and was answered")
             return
         self.counts["failures"] += 1
-        # A poison's kills make others suspects at most; the last blame is each row's own, in quarantine. Only a second
-        # poison, not suspected yet, can kill the worker that a quarantined row is on.
-        kills = self.poison_kills.total()
-        deaths = self.deaths + (kills if len(self.poison_kills) > 1 else min(kills, DEATHS_TO_BLAME - 1))
+        # A poison's kills make others suspects at most; the last blame is each row's own, in quarantine.
+        deaths = self.deaths + min(self.poison_kills.total(), DEATHS_TO_BLAME - 1)
         if name not in self.poisons and deaths < DEATHS_TO_BLAME:
             self.counts["unexpected"] += 1
             self.complain(f"{name} failed after {deaths} deaths: {error}")
 
     def judge_dead(self, bodies: Sequence[bytes]) -> None:
         """Only what can't be read is among the dead letters."""
+        if bodies.count(GARBAGE) < self.garbage:
+            self.complain(f"{self.garbage} bodies were garbage, {bodies.count(GARBAGE)} are among the dead letters")
         for body in bodies:
             if body != GARBAGE:
                 self.complain(f"a {type(_read(body)).__name__} is among the dead letters")
@@ -172,8 +174,9 @@ class Oracle:
     def judge_poison(self) -> None:
         """A row that kills takes no more than three workers with it for each time it was asked."""
         for request, kills in self.poison_kills.items():
-            begun = max(self.copies[request], 1) + self.coordinators_lost  # what was not kept yet is forgotten
-            allowed = DEATHS_TO_BLAME * begun + self.duplicates + self.overdue
+            # A coordinator that is lost takes along what it has not kept within the last second.
+            unkept = self.coordinators_lost + self.duplicates + self.overdue[request]
+            allowed = DEATHS_TO_BLAME * max(self.copies[request], 1) + unkept
             if kills > allowed:
                 self.complain(f"{request} killed {kills} workers")
 

@@ -168,6 +168,25 @@ def _buried_nowhere(right: Any) -> Any:
     return bury
 
 
+def _acked_only(right: Any) -> Any:
+    async def bury(transport: Any, dead: Any, delivery: Any, reason: str) -> None:
+        await delivery.ack()
+
+    return bury
+
+
+def _taken_unheard(right: Any) -> Any:
+    return lambda self, step, now_s: None
+
+
+def _blame_not_kept(right: Any) -> Any:
+    return lambda self: replace(right(self), failures=0)
+
+
+def _never_released(right: Any) -> Any:
+    return lambda self, microbatch: []
+
+
 def _never_forgotten(right: Any) -> Any:
     return lambda self, idle_s: 0
 
@@ -214,6 +233,12 @@ BUGS: Mapping[str, Bug] = {
         "a step whose worker died is computed again", stage_worker.WorkerSession, "_accept", _redelivered_computed
     ),
     "buried-nowhere": Bug("what can't be read is held for ever", stage_worker, "bury", _buried_nowhere),
+    "buried-is-lost": Bug("what can't be read is thrown away", coordinator, "bury", _acked_only),
+    "taken-unheard": Bug("a coordinator does not hear who takes a step", scheduler.Scheduler, "taken", _taken_unheard),
+    "blame-not-kept": Bug("blame dies with its coordinator", LiveRow, "checkpoint", _blame_not_kept),
+    "never-released": Bug(
+        "workers are not told what they may forget", scheduler.Scheduler, "_releases", _never_released
+    ),
     "never-forgotten": Bug("idle rows are never forgotten", kv_cache.KVCache, "forget_idle", _never_forgotten),
     "greedy-intake": Bug(
         "a coordinator takes more than it may", coordinator.CoordinatorSession, "_held_now", _greedy_intake

@@ -14,7 +14,6 @@ from typing import Any
 from unittest import mock
 
 from mqinfer import coordinator, observe, queues, stage_worker
-from mqinfer.messages import MissReason
 from simulation.scenario import draw
 from simulation.virtual import Stalled
 from simulation.world import World
@@ -77,7 +76,8 @@ def _sessions_told(world: World) -> Iterator[None]:
 @contextmanager
 def _events_told(world: World) -> Iterator[None]:
     def hear(event: str, fields: Mapping[str, Any]) -> None:
-        world.oracle.overdue += event == observe.ROW_REPLAYED and fields["reason"] == MissReason.CACHE
+        if event == observe.ROW_REPLAYED and fields["detail"] == "no answer in time":
+            world.oracle.overdue[world.name_of(fields["request"])] += 1
 
     remove = observe.add_sink(hear)
     yield

@@ -163,7 +163,7 @@ def _jobs(random: Random, size: Size, faulty_s: float) -> list[Job]:
 def _prompt(random: Random, size: Size) -> Prompt:
     length = random.randint(1, random.choice(size.prompt_tokens))
     max_tokens = random.randint(1, random.choice(size.output_tokens))
-    poison = random.choice(("raises", "kills")) if random.random() < 0.01 else ""
+    poison = random.choice(("raises", "kills")) if random.random() < 0.02 else ""
     return Prompt(length, max_tokens, poison, random.randint(0, length + max_tokens - 2))
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -18,13 +17,14 @@ from mqinfer.stage_compute import StageCompute
 from mqinfer.stage_inbox import OWN_PREFETCH
 from mqinfer.stage_worker import IDLE_ROUND_S, StageWorker, WorkerSession
 from simulation import faults
+from simulation.actor import Actor
 from simulation.job import Disk, SimTokenizer, batch_job
 from simulation.link import SimTransport
 from simulation.model import FIRST_TOKEN, VOCABULARY, SimEngine, SimModel, Truth, make_plan
 from simulation.network import Network
 from simulation.oracle import Oracle, Poison
 from simulation.scenario import Job, Scenario
-from simulation.virtual import PROCESS, Process, State, VirtualLoop
+from simulation.virtual import PROCESS, Process, VirtualLoop
 
 #: When everything is mended, all jobs are done within this: four looks of a stalled batch, leases, replays.
 PATIENCE_S = 1200.0
@@ -33,28 +33,8 @@ DRAIN_PATIENCE_S = 60.0
 #: An idle actor has its session's loops and what they wait with; more tasks are left over from something.
 MOST_IDLE_TASKS = 16
 TICK_S = 0.5
-
-
-@dataclass(slots=True, eq=False)
-class Actor:
-    """A process that is started again when it ends: by systemd, or by the user of a batch."""
-
-    name: str
-    run: Callable[[Actor], Awaitable[None]]
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-    process: Process | None = None
-    engine: SimEngine | None = None
-    session: CoordinatorSession | WorkerSession | None = None
-    #: Nobody starts it again.
-    retired: bool = False
-    starts: int = 0
-    #: It was killed by a row that it computed.
-    poisoned: bool = False
-
-    @property
-    def lives(self) -> bool:
-        """Whether it has a process that was not killed and has not ended."""
-        return self.process is not None and self.process.state is not State.DEAD and not self.process.task.done()
+#: For releases to reach their workers.
+QUIET_S = 2.0
 
 
 class World:
@@ -140,6 +120,7 @@ class World:
         self.asked.append([name for name, _, _ in lines])
 
         async def run(actor: Actor) -> None:
+            PROCESS.get().call_s = lambda work: self.random.uniform(0, 0.2) if work == "append" else 0.0005
             batch = batch_job(disk, self.plan, lines, job.window, self._requests_lost)
             await batch.run(self.network.connect, actor.stop)
             actor.retired |= batch.finished
@@ -227,6 +208,12 @@ class World:
     def _unhandled(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.oracle.complain(f"unhandled: {context.get('message')} {_told(context.get('exception'))}")
 
+    def name_of(self, request: str) -> str:
+        """The custom_id of a request's id."""
+        job, _, line = request.rpartition(".")
+        number = next(number for number, disk in enumerate(self.disks) if job in disk.jobs)
+        return self.asked[number][int(line) - 1]
+
     def adopt(self, session: CoordinatorSession | WorkerSession) -> None:
         """A session that an actor has begun."""
         self.actor_of(PROCESS.get()).session = session
@@ -248,6 +235,9 @@ class World:
         self.network.calm_weather()
         await self._until(lambda: all(a.retired for a in self.actors["producer"]), PATIENCE_S, "jobs are not done")
         await self._until(lambda: not self._work_left(), PATIENCE_S, "no end of work")
+        if self._was_quiet():
+            await asyncio.sleep(QUIET_S)
+            self._judge_caches("at once")
         # A step that was given up may be computed until it expires; what that leaves is forgotten when idle.
         await asyncio.sleep(self.scenario.step_timeout_s + self.scenario.idle_s + 2 * IDLE_ROUND_S)
         self._judge_idle()
@@ -296,14 +286,24 @@ class World:
         self.loop.call_later(TICK_S, self._tick, context=self.network.context)
 
     def _judge_idle(self) -> None:
-        for actor in self.actors["worker"]:
-            if actor.lives and actor.engine is not None and len(actor.engine.cache):
-                self.oracle.complain(f"{actor.name} still keeps {len(actor.engine.cache)} rows")
+        self._judge_caches("when idle")
         for actors in self.actors.values():
             for actor in actors:
                 tasks = [task for task in self.loop.tasks if task.process is actor.process and not task.done()]
                 if actor.lives and len(tasks) > MOST_IDLE_TASKS:
                     self.oracle.complain(f"{actor.name} has {len(tasks)} tasks when idle")
+
+    def _was_quiet(self) -> bool:
+        """Whether nothing happened after which rows may be left on workers until they are idle."""
+        weather = self.scenario.weather
+        rough = weather.late or weather.reordered or weather.duplicated or self.oracle.overdue or self.oracle.poisons
+        cancelled = any(job.cancelled_s is not None for job in self.scenario.jobs)
+        return not (rough or cancelled or self.scenario.faults)
+
+    def _judge_caches(self, when: str) -> None:
+        for actor in self.actors["worker"]:
+            if actor.lives and actor.engine is not None and len(actor.engine.cache):
+                self.oracle.complain(f"{actor.name} still keeps {len(actor.engine.cache)} rows, {when}")
 
     def _judge_end(self) -> None:
         durable = {spec.name for spec in self.topology.shared(len(self.plan.stages))}

@@ -11,6 +11,7 @@ from mqinfer.batching import Limits
 from mqinfer.messages import FinishReason, Miss, MissReason, Request, Sampled, Sampling, Step, StepDone, StepTaken
 from mqinfer.plan import Plan, StageSpec
 from mqinfer.scheduler import Decision, Ended, Forget, Replayed, Scheduler, Send
+from mqinfer.verdicts import MAX_FAILURES
 
 EOS = 7
 PLAN = Plan(
@@ -101,6 +102,10 @@ class Ring:
                 return
             self.turn()
         raise AssertionError("the ring never rests")
+
+
+def taken(step: Step, worker: str, *, passed: bool = False) -> StepTaken:
+    return StepTaken(plan=step.plan, microbatch=step.microbatch, number=step.number, worker=worker, passed=passed)
 
 
 def missed(step: Step, reason: MissReason, *rows: int) -> StepDone:
@@ -196,7 +201,9 @@ def test_a_row_that_fails_three_times_without_progress_becomes_a_failure(reason:
     ring.add(request("r"))
     for _ in range(3):
         assert "r" not in ring.results
-        ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, reason), 0.0))
+        step = ring.sent.pop(0).step
+        ring.scheduler.taken(taken(step, "w0"), 0.0)
+        ring.take(ring.scheduler.done(missed(step, reason), 0.0))
     assert ring.results["r"].reason is FinishReason.ERROR
     assert ring.results["r"].error
     assert not ring.scheduler.rows
@@ -222,6 +229,7 @@ def test_a_poison_row_does_not_harm_its_neighbours() -> None:
             break
         step = ring.sent.pop(0).step
         lost = any(row.row == poison for row in step.rows)
+        ring.scheduler.taken(taken(step, "w0"), 0.0)
         ring.take(ring.scheduler.done(missed(step, MissReason.LOST) if lost else ring.answer(step), 0.0))
     assert ring.results["r3"].reason is FinishReason.ERROR
     assert sum(ended.reason is FinishReason.LENGTH for ended in ring.results.values()) == 11
@@ -248,7 +256,9 @@ def test_when_a_worker_is_gone_its_microbatches_are_replayed_on_the_shared_queue
     ring.take(ring.scheduler.gone("w1", 0.0))
     assert {send.queue for send in ring.sent} == {None}
     for step in stale:
-        assert ring.scheduler.done(missed(step, MissReason.CACHE), 0.0) == []
+        assert all(
+            isinstance(decision, Forget) for decision in ring.scheduler.done(missed(step, MissReason.CACHE), 0.0)
+        )
     ring.run()
     assert ring.results["a"].row.output == continuation((1, 2, 3), 5)
     assert all(replayed.row.epoch >= 1 for replayed in ring.replayed)
@@ -269,6 +279,7 @@ def test_rows_that_were_only_near_a_poison_outlive_it() -> None:
             continue
         if any(row.row == poison and row.start > 0 for row in send.step.rows):
             deaths += 1
+            ring.scheduler.taken(taken(send.step, "w1"), 0.0)
             ring.take(ring.scheduler.gone("w1", 0.0))
         else:
             ring.take(ring.scheduler.done(ring.answer(send.step), 0.0))
@@ -294,6 +305,26 @@ def test_a_suspect_stays_one_when_it_is_missed_for_no_fault_of_its_own(reason: M
     for why in (MissReason.LOST, MissReason.LOST, reason):
         ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, why), 0.0))
     assert ring.sent[0].step.alone
+
+
+@pytest.mark.parametrize("told", ["nothing", "passed"])
+def test_a_suspect_is_not_blamed_for_a_death_that_met_it_waiting(told: str) -> None:
+    ring = Ring()
+    ring.add(request("r"))
+    for _ in range(2):
+        ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, MissReason.LOST), 0.0))
+    for how in ("redelivered", "gone", "redelivered"):
+        step = ring.sent.pop(0).step
+        if told == "passed":
+            ring.scheduler.taken(taken(step, "w0"), 0.0)
+            ring.scheduler.taken(taken(step, "w0", passed=True), 0.0)
+        if how == "gone":
+            ring.take(ring.scheduler.gone("w0", 0.0) or ring.scheduler.overdue(1000.0))
+        else:
+            ring.take(ring.scheduler.done(missed(step, MissReason.LOST), 0.0))
+    assert ring.sent[0].step.alone
+    (row,) = ring.scheduler.rows.values()
+    assert row.failures == MAX_FAILURES - 1
 
 
 def test_a_row_never_reserves_more_than_the_context() -> None:
@@ -413,14 +444,10 @@ def test_random_faults_never_change_a_result() -> None:
             assert ring.results[item.id].row.output == continuation(item.prompt, item.max_tokens), f"seed {seed}"
 
 
-def taken(step: Step, worker: str) -> StepTaken:
-    return StepTaken(plan=step.plan, microbatch=step.microbatch, number=step.number, worker=worker)
-
-
 def test_a_worker_that_dies_with_a_first_trip_in_its_hands_is_held_against_the_rows_at_once() -> None:
     ring = Ring()
     ring.add(request("a"))
-    ring.scheduler.taken(taken(ring.sent.pop().step, "w0"))
+    ring.scheduler.taken(taken(ring.sent.pop().step, "w0"), 0.0)
     assert ring.scheduler.workers == ["w0"]
     ring.take(ring.scheduler.gone("w0", 0.0))
     (row,) = ring.scheduler.rows.values()
@@ -432,7 +459,7 @@ def test_a_worker_that_has_passed_a_first_trip_on_is_not_taken_for_the_one_that_
     ring.add(request("a"))
     step = ring.sent.pop().step
     for worker in ROUTE:
-        ring.scheduler.taken(taken(step, worker))
+        ring.scheduler.taken(taken(step, worker), 0.0)
     for _ in range(2):
         ring.take(ring.scheduler.gone("w0", 0.0))
     (row,) = ring.scheduler.rows.values()
@@ -444,8 +471,8 @@ def test_who_took_another_step_than_the_one_under_way_says_nothing() -> None:
     ring.add(request("a"))
     ring.turn()
     step = ring.sent[-1].step
-    ring.scheduler.taken(taken(replace(step, number=step.number - 1), "w9"))
-    ring.scheduler.taken(taken(step, "w9"))
+    ring.scheduler.taken(taken(replace(step, number=step.number - 1), "w9"), 0.0)
+    ring.scheduler.taken(taken(step, "w9"), 0.0)
     assert ring.scheduler.workers == list(ROUTE)
 
 

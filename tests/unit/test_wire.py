@@ -81,6 +81,7 @@ GOLDEN: dict[str, Message] = {
     "step-hidden": replace(STEP, stage=1, tokens=(), hidden=HIDDEN, misses=(MISS,), alone=False, closing=True),
     "step-expiring": replace(STEP, ttl_s=90.0),
     "step-taken": StepTaken(plan=PLAN, microbatch=3, number=0, worker="mqinfer.demo.worker.w-1"),
+    "step-passed": StepTaken(plan=PLAN, microbatch=3, number=4, worker="mqinfer.demo.worker.w-1", passed=True),
     "step-done": StepDone(
         plan=PLAN,
         microbatch=3,
@@ -190,7 +191,7 @@ messages = st.one_of(
         sampling=samplings,
         failures=numbers,
     ),
-    st.builds(StepTaken, plan=texts, microbatch=numbers, number=numbers, worker=texts),
+    st.builds(StepTaken, plan=texts, microbatch=numbers, number=numbers, worker=texts, passed=st.booleans()),
     st.builds(
         StepDone,
         plan=texts,
