@@ -94,7 +94,7 @@ class BatchJob:
     async def _feed(self, producer: Producer) -> None:
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: not self._fed and len(self._flying) < self._window)
+                await self._changed.wait_for(self._may_feed)
             self._pending = self._pending or next(self._chunks, None)
             if self._pending is None:
                 self._fed = True
@@ -102,6 +102,10 @@ class BatchJob:
                 await self._enqueue(producer, self._pending)
                 self._pending = None
             await self._tell()
+
+    def _may_feed(self) -> bool:
+        """What was not surely enqueued over the last link is in the window already, and goes out again first."""
+        return not self._fed and (self._pending is not None or len(self._flying) < self._window)
 
     async def _enqueue(self, producer: Producer, chunk: Chunk) -> None:
         await self._rows.refuse(chunk.refusals)

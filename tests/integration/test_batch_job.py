@@ -18,7 +18,7 @@ from mqinfer.batch_files import LineReader, error_row
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
 from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
-from mqinfer.errors import Disconnected, OutputError, SettingsError
+from mqinfer.errors import Disconnected, OutputError, SettingsError, TransportError
 from mqinfer.link import Connect, first
 from mqinfer.messages import Request
 from mqinfer.producer import Producer
@@ -351,6 +351,25 @@ async def test_lines_that_may_have_been_enqueued_when_a_run_died_are_known_to_th
     second = Run(fleet, prompts, output)
     second.file.close()
     assert second.ticket.job != first.ticket.job
+
+
+async def test_lines_that_a_lost_link_did_not_enqueue_go_out_again_at_once(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, lost = Producer.submit, asyncio.Event()
+
+    async def lose_the_first(producer: Producer, requests: Any) -> None:
+        if lost.is_set():
+            await submit(producer, requests)
+            return
+        lost.set()
+        raise TransportError("lost")
+
+    monkeypatch.setattr(Producer, "submit", lose_the_first)
+    monkeypatch.setattr("mqinfer.batch_job.STALL_S", 3600.0)
+    start(fleet)
+    await Run(fleet, write_prompts(tmp_path / "p", 10), tmp_path / "out", window=10).go()
+    check(fleet, tmp_path / "out", 10)
 
 
 async def test_lines_appended_to_the_prompts_file_are_done_by_the_next_run(fleet: Fleet, tmp_path: Path) -> None:
