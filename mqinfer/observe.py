@@ -56,8 +56,8 @@ _WARNING = frozenset(
     }
 )
 _ERROR = frozenset({COMPUTE_FAILED, ACTOR_STALLED, ACTOR_FAILED})
-#: Reasons of a missed row that are no fault: a worker leaves, or is full.
-_ORDINARY_MISSES = frozenset({"gone", "room"})
+#: Reasons of a missed row that are no fault: a worker leaves, is full, or does not hold it any more (the cache is one).
+_ORDINARY_MISSES = frozenset({"gone", "room", "cache"})
 
 Sink = Callable[[str, Mapping[str, Any]], None]
 
