@@ -138,7 +138,8 @@ class CoordinatorSession:
     async def _receive(self) -> None:
         while True:
             delivery, round_ = await self._inbox.get()
-            self._unread -= Counter({round_: 1})  # what comes to nothing is no longer kept
+            if round_:  # by the intake; the ends of trips are many more
+                self._unread -= Counter({round_: 1})  # what comes to nothing is no longer kept
             try:
                 message = decode(delivery.body)
             except DEAD_LETTERS as error:

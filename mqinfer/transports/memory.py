@@ -34,16 +34,19 @@ def open_memory(name: str) -> MemoryTransport:
 def restart(name: str) -> None:
     """Do to the broker what a restart does: its links are lost, and only persistent messages stay."""
     broker = _brokers[name]
-    for link in [link for link in _links if link.broker is broker]:
-        link.end(Disconnected("the broker was restarted"))
+    _lose_links(broker, "the broker was restarted")
     broker.restart()
 
 
 def drop(name: str) -> None:
     """Forget the broker and all that it holds; its links are lost. Nothing happens where there is none."""
     broker = _brokers.pop(name, None)
+    _lose_links(broker, "the broker was dropped")
+
+
+def _lose_links(broker: Broker | None, why: str) -> None:
     for link in [link for link in _links if link.broker is broker]:
-        link.end(Disconnected("the broker was dropped"))
+        link.end(Disconnected(why))
 
 
 class MemoryDelivery:
