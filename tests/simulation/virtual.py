@@ -8,6 +8,7 @@ it is resumed, as after SIGSTOP and SIGCONT. Nothing of mqinfer may be known her
 from __future__ import annotations
 
 import asyncio
+import functools
 import heapq
 import itertools
 from collections.abc import Callable, Coroutine
@@ -128,7 +129,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         process = PROCESS.get()
         future = self.create_future()
         begins_s = self._now_s if executor is None else max(self._now_s, process.thread_free_at_s)
-        ends_s = begins_s + process.call_s(getattr(func, "__name__", ""))
+        ends_s = begins_s + process.call_s(_name(func))
         if executor is not None:
             process.thread_free_at_s = ends_s
 
@@ -185,6 +186,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     def _process_events(self, event_list: object) -> None:
         """There are no sockets."""
+
+
+def _name(func: Callable[..., Any]) -> str:
+    """The name of a function, also of one that `asyncio.to_thread` has wrapped to keep its context."""
+    wrapped = func.args[0] if isinstance(func, functools.partial) else func
+    return str(getattr(wrapped, "__name__", ""))
 
 
 def _make_task(loop: VirtualLoop, coroutine: Any, **options: Any) -> Task:
