@@ -10,6 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from mqinfer.errors import WireError
 from mqinfer.messages import Message, Request
@@ -164,18 +165,16 @@ class Oracle:
         for request, spells in self._spells.items():
             if self.copies[request] > 1:
                 continue
-            ordered = sorted(spells, key=lambda spell: spell.first_s)
-            for at, later in enumerate(ordered):
-                for earlier in ordered[:at]:
-                    if earlier.last_s > later.first_s + self.detection_s:
-                        over_s = earlier.last_s - later.first_s
-                        self.complain(f"{request} was computed for two owners at once for {over_s:.1f} s")
+            for one, other in combinations(spells, 2):
+                over_s = min(one.last_s, other.last_s) - max(one.first_s, other.first_s)
+                if over_s > self.detection_s:
+                    self.complain(f"{request} was computed for two owners at once for {over_s:.1f} s")
 
     def judge_poison(self) -> None:
         """A row that kills takes no more than three workers with it for each time it was asked."""
         for request, kills in self.poison_kills.items():
-            # A coordinator that is lost, or can't keep blame for an alarm, takes along two blames at most.
-            unkept = (DEATHS_TO_BLAME - 1) * self.coordinators_lost + self.duplicates + self.overdue[request]
+            # A coordinator that is lost takes along two blames that it could not keep, and a kill that it never heard of.
+            unkept = DEATHS_TO_BLAME * self.coordinators_lost + self.duplicates + self.overdue[request]
             allowed = DEATHS_TO_BLAME * max(self.copies[request], 1) + unkept
             if kills > allowed:
                 self.complain(f"{request} killed {kills} workers")

@@ -271,7 +271,8 @@ class World:
     def _work_left(self) -> bool:
         """Whether some request is held or waits: a copy of one that is answered, or of a job that was given up."""
         ready = any(q.ready for q in self.network.broker.queues() if q.spec.name != self.topology.dead.name)
-        return ready or any(self._held(actor) for actor in self.actors["coordinator"])
+        held = any(link.server.unsettled for link in self.network.links)  # also by links whose end nobody noticed yet
+        return ready or held or any(self._held(actor) for actor in self.actors["coordinator"])
 
     def _tick(self) -> None:
         self._moved.set()
