@@ -173,8 +173,8 @@ class Oracle:
     def judge_poison(self) -> None:
         """A row that kills takes no more than three workers with it for each time it was asked."""
         for request, kills in self.poison_kills.items():
-            # A coordinator that is lost takes along two blames not yet kept, and a kill unheard of.
-            unkept = DEATHS_TO_BLAME * self.coordinators_lost + self.duplicates + self.overdue[request]
+            # A coordinator that is lost, or can't keep blame for an alarm, takes along two blames at most.
+            unkept = (DEATHS_TO_BLAME - 1) * self.coordinators_lost + self.duplicates + self.overdue[request]
             allowed = DEATHS_TO_BLAME * max(self.copies[request], 1) + unkept
             if kills > allowed:
                 self.complain(f"{request} killed {kills} workers")
