@@ -19,9 +19,8 @@ class LiveRow:
     epoch: int = 0
     #: Positions whose keys and values the workers of this epoch's route hold.
     cached: int = 0
+    #: Blames since its last progress: three are its end.
     failures: int = 0
-    #: Workers on its route that died since its last progress, whether or not they were computing it.
-    deaths: int = 0
     #: Joins nobody and nobody joins it.
     alone: bool = False
     #: Must begin in a new microbatch.

@@ -187,7 +187,7 @@ class Scheduler:
         row.output.append(drawn.token)
         if drawn.logprob is not None:
             row.logprobs.append(drawn.logprob)
-        row.failures = row.deaths = 0
+        row.failures = 0
         microbatch.alone = False
         ended = self._ending(row)
         if ended is None:
@@ -238,8 +238,7 @@ class Scheduler:
         if miss.reason is MissReason.LOST and microbatch.alone:
             row.failures += miss.stage >= 0 and bool(microbatch.takers)
         elif miss.reason is MissReason.LOST and miss.stage < 0:
-            row.deaths += 1
-            row.failures = max(row.failures, min(row.deaths, MAX_FAILURES - 1))
+            row.failures = max(row.failures, min(row.failures + 1, MAX_FAILURES - 1))
         else:
             row.failures += 1
 

@@ -463,7 +463,17 @@ def test_a_worker_that_has_passed_a_first_trip_on_is_not_taken_for_the_one_that_
     for _ in range(2):
         ring.take(ring.scheduler.gone("w0", 0.0))
     (row,) = ring.scheduler.rows.values()
-    assert (row.failures, row.deaths) == (1, 1)
+    assert row.failures == 1
+
+
+def test_blame_that_a_checkpoint_brought_along_counts_with_what_comes_after() -> None:
+    """Or a row that kills would take more workers with it for every coordinator that is lost."""
+    ring = Ring()
+    ring.add(request("a", range(20), failures=1))
+    ring.turn()
+    ring.take(ring.scheduler.gone("w1", 0.0))
+    (row,) = ring.scheduler.rows.values()
+    assert (row.failures, row.alone) == (2, True)
 
 
 def test_who_took_another_step_than_the_one_under_way_says_nothing() -> None:
