@@ -52,9 +52,11 @@ class BatchJob:
         #: Numbers of enqueued lines without a row; at most the window and one chunk.
         self._flying: set[int] = set()
         self._changed = asyncio.Condition()
+        #: Every line has its row, and the job's queue and ticket are gone.
+        self.finished = False
 
     @property
-    def finished(self) -> bool:
+    def answered(self) -> bool:
         """Whether every line has its row."""
         return self._fed and not self._flying
 
@@ -79,12 +81,13 @@ class BatchJob:
                 )
                 background = [tasks.create_task(loop) for loop in loops]
                 async with self._changed:
-                    await self._changed.wait_for(lambda: self.finished or stop.is_set())
+                    await self._changed.wait_for(lambda: self.answered or stop.is_set())
                 for task in background:
                     task.cancel()
-            if self.finished:
+            if self.answered:
                 await producer.forget()
                 self._ticket.remove()
+                self.finished = True
 
         try:
             await keep_linked("batch", connect, session, stop)

@@ -196,7 +196,8 @@ def _verdict(batch: BatchJob, rows: Rows, output: Path) -> int:
     progress = rows.progress
     told = f"{progress.answered} answered, {progress.failed} failed"
     if not batch.finished:
-        console.say(f"stopped: {told}, the rest is not done. Run the same command again to go on.")
+        left = "but the job's queue is left on the broker" if batch.answered else "the rest is not done"
+        console.say(f"stopped: {told}, {left}. Run the same command again to go on.")
         return INTERRUPTED
     console.say(f"done: {told} -> {output}")
     return SOME_ERRORS if progress.failed else ALL_ANSWERED

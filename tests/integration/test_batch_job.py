@@ -116,6 +116,30 @@ async def test_a_file_of_prompts_is_answered_row_by_row(fleet: Fleet, tmp_path: 
     await transport.close()
 
 
+async def test_a_job_that_was_stopped_before_its_queue_could_go_is_not_done_yet(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(fleet)
+    prompts, output = write_prompts(tmp_path / "p", 5), tmp_path / "out"
+    run = Run(fleet, prompts, output)
+
+    async def cut(_self: Producer) -> None:
+        run.stop.set()
+        raise TransportError("the link is down")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Producer, "forget", cut)
+        await run.go()
+    assert (run.job.answered, run.job.finished) == (True, False)
+    again = Run(fleet, prompts, output)
+    await again.go()
+    assert again.job.finished
+    check(fleet, output, 5)
+    transport = await open_transport(fleet.url)
+    assert await transport.inspect(results(run.ticket.job).name) is None
+    await transport.close()
+
+
 async def test_bad_lines_become_error_rows_beside_the_rest(fleet: Fleet, tmp_path: Path) -> None:
     start(fleet)
     prompts, output = write_prompts(tmp_path / "p", 10, bad=(3,)), tmp_path / "out"
