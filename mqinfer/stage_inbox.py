@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mqinfer.link import publish_declared
@@ -24,6 +24,13 @@ class Taken(NamedTuple):
 
     step: Step
     delivery: Delivery
+
+
+def forwards(taken: Sequence[Taken]) -> list[list[Taken]]:
+    """What runs in one forward each: suspects by themselves, after all others."""
+    together = [item for item in taken if not item.step.alone]
+    alone = [[item] for item in taken if item.step.alone]
+    return [together, *alone] if together else alone
 
 
 class StageInbox:

@@ -25,7 +25,7 @@ from mqinfer.queues import Topology, new_id
 from mqinfer.settings import WorkerSettings
 from mqinfer.stage_compute import Outgoing, StageCompute, step_done
 from mqinfer.stage_counts import StageCounts
-from mqinfer.stage_inbox import StageInbox, Taken
+from mqinfer.stage_inbox import StageInbox, Taken, forwards
 from mqinfer.transports.base import Delivery, Transport
 from mqinfer.verdicts import DEAD_LETTERS
 from mqinfer.wire import MAX_STEP_BYTES, decode, encode
@@ -127,7 +127,7 @@ class WorkerSession:
         while not enough():
             self._inbox.arrived.clear()
             taken = await self._take()
-            for group in _groups(taken):
+            for group in forwards(taken):
                 await self._run(group)
             if not (taken or self._inbox.own or self._inbox.shared or enough()):
                 await self._inbox.arrived.wait()
@@ -178,9 +178,7 @@ class WorkerSession:
 
     async def _accept(self, taken: Taken) -> bool:
         """Whether a new microbatch is to be computed here now; if not, it has been dealt with."""
-        if taken.delivery.redelivered:  # whoever had it died with it, and its owner must count that
-            await self._give_up(taken.step, MissReason.LOST, "its worker died")
-            await taken.delivery.ack()
+        if await self._was_lost(taken):
             return False
         if self._has_room(taken.step):
             if not taken.step.alone:
@@ -189,6 +187,13 @@ class WorkerSession:
         await self._inbox.stop_until(lambda: self._has_room(taken.step))
         await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
         return False
+
+    async def _was_lost(self, taken: Taken) -> bool:
+        """Whether a worker died with this new microbatch: its owner must count that, and has been told."""
+        if taken.delivery.redelivered:
+            await self._give_up(taken.step, MissReason.LOST, "its worker died")
+            await taken.delivery.ack()
+        return taken.delivery.redelivered
 
     async def _tell_taken(self, step: Step, *, passed: bool = False) -> None:
         """Before it is computed: a stage's only worker that dies of it has no peer who would see it redelivered."""
@@ -300,7 +305,8 @@ class WorkerSession:
                 continue
             rows += len(taken.step.rows)
             if inbox is self._inbox.shared:
-                await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
+                if not await self._was_lost(taken):
+                    await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
             else:
                 await self._give_up(replace(taken.step, closing=True), MissReason.GONE, "the worker leaves")
                 await taken.delivery.ack()
@@ -338,10 +344,3 @@ class WorkerSession:
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
-
-
-def _groups(taken: Sequence[Taken]) -> list[list[Taken]]:
-    """What runs in one forward each: suspects by themselves, after all others."""
-    together = [item for item in taken if not item.step.alone]
-    alone = [[item] for item in taken if item.step.alone]
-    return [together, *alone] if together else alone

@@ -13,7 +13,7 @@ from fleet import PATIENCE_S, Fleet, until
 from mqinfer import survey
 from mqinfer.errors import ComputeError, Refused
 from mqinfer.link import first
-from mqinfer.messages import FinishReason, Request, Result, Row, Step
+from mqinfer.messages import FinishReason, MissReason, Request, Result, Row, Step
 from mqinfer.producer import Producer
 from mqinfer.queues import Topology, new_id
 from mqinfer.transports import open_transport
@@ -322,6 +322,39 @@ async def test_rows_that_a_leaving_worker_can_not_finish_go_on_elsewhere_without
     await job.gather()
     job.check()
     assert not coordinator.task.done()
+
+
+async def test_a_leaving_worker_says_of_a_redelivered_step_that_a_worker_died_with_it(fleet: Fleet, job: Job) -> None:
+    """Put back it would look as new, and if it kills it would do so unseen."""
+    for stage in (1, 0):
+        fleet.worker(stage, seconds_per_forward=0.01, drain_s=0.2)
+    fleet.coordinator()
+    await job.ask(1, max_tokens=200)
+    await until(lambda: any(actor.engine is not None and actor.engine.cached_rows for actor in fleet.actors))
+    topology, owner = Topology(fleet.plan.name), Topology(fleet.plan.name).coordinator(new_id("c"))
+    await job.transport.declare(owner)
+    told: asyncio.Queue[Delivery] = asyncio.Queue()
+    await job.transport.consume(owner.name, prefetch=0, sink=told.put_nowait)
+    row = Row(row=0, epoch=0, start=0, count=2, reserve=4)
+    step = Step(plan=fleet.plan.digest, owner=owner.name, microbatch=0, number=0, stage=0, rows=(row,), tokens=(5, 6))
+
+    leaving = fleet.actors[1]
+    assert leaving.engine is not None
+    dying, hands = await open_transport(fleet.url), asyncio.Queue[Delivery]()
+    leaving.engine.seconds_per_forward = 0.2
+    await dying.consume(topology.stage(0).name, prefetch=1, sink=hands.put_nowait)
+    while hands.empty():  # the stage's consumers take turns
+        await job.transport.publish(topology.stage(0).name, encode(step))
+        await asyncio.sleep(0.05)
+    await dying.close()
+    await asyncio.sleep(0.1)
+    while (state := await job.transport.inspect(topology.stage(0).name)) and state.ready:
+        await asyncio.sleep(0.02)
+    await leaving.stop()
+    reasons = [
+        miss.reason for _ in range(told.qsize()) for miss in getattr(decode(told.get_nowait().body), "misses", ())
+    ]
+    assert reasons == [MissReason.LOST]
 
 
 async def test_a_worker_whose_device_fails_at_everything_ends_and_healthy_ones_go_on(fleet: Fleet, job: Job) -> None:
