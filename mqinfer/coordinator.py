@@ -52,7 +52,6 @@ class Held:
     lease: Lease
     #: What its checkpoint has.
     kept_tokens: int
-    kept_failures: int
 
 
 class Coordinator:
@@ -95,6 +94,8 @@ class CoordinatorSession:
         self._ids: set[str] = set()
         self._finishing: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[tuple[Delivery, int]] = asyncio.Queue()
+        #: A row waits until it is kept what it is blamed for.
+        self._blamed = asyncio.Event()
         self._leases = LeaseQueue(transport, self._topology.leases(self.id))
         self._intake = Intake(
             transport, self._topology.requests.name, settings.rows, self._request_came, self._held_now
@@ -183,7 +184,7 @@ class CoordinatorSession:
             return
         self._ids.add(request.id)
         row, ended = self._scheduler.add(request)
-        self._held[row.number] = Held(row, lease, len(request.output), request.failures)
+        self._held[row.number] = Held(row, lease, len(request.output))
         self._perform([*ended, *self._scheduler.form(self._clock_s())])
 
     async def _refuse(self, request: Request, lease: Lease, why: str) -> None:
@@ -225,6 +226,8 @@ class CoordinatorSession:
                     self._finishing.add(finishing)
                     finishing.add_done_callback(self._finishing.discard)
                 case Replayed():
+                    if not decision.row.ready:
+                        self._blamed.set()
                     self._counts["replays"] += 1
                     self._counts["replayed_tokens"] += decision.lost_tokens
                     emit(
@@ -294,19 +297,22 @@ class CoordinatorSession:
 
     async def _keep_leases(self) -> None:
         while True:
-            await asyncio.sleep(LEASE_ROUND_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._blamed.wait(), LEASE_ROUND_S)
+            self._blamed.clear()
             due = [held for held in self._held.values() if self._due(held, now_s())]
             if not due:
                 continue
             await self._intake.pause()
             await asyncio.gather(*(self._renew(held) for held in due))
+            self._perform(self._scheduler.form(self._clock_s()))
             await self._intake.tune()
 
     def _due(self, held: Held, now_s: float) -> bool:
         """Blame, and its end, is kept at once: a row that kills must not begin afresh with every coordinator."""
         age_s = now_s - held.lease.renewed_at_s
         grown = len(held.row.output) > held.kept_tokens and age_s >= self._settings.checkpoint_s
-        blamed = held.row.failures != held.kept_failures
+        blamed = held.row.failures != held.row.kept_failures
         return held.row.number in self._scheduler.rows and (blamed or grown or age_s >= self._settings.lease_s)
 
     async def _renew(self, held: Held) -> None:
@@ -317,7 +323,7 @@ class CoordinatorSession:
             now_s(),
         )
         if kept is not None:
-            held.kept_tokens, held.kept_failures = len(kept.output), kept.failures
+            held.kept_tokens, row.kept_failures = len(kept.output), kept.failures
 
     def _held_now(self, round_: int) -> tuple[int, int]:
         """Requests here in all, and by deliveries of that round; also those that nobody has looked at yet."""

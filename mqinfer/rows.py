@@ -21,10 +21,17 @@ class LiveRow:
     cached: int = 0
     #: Blames since its last progress: three are its end.
     failures: int = 0
+    #: Blames that its request in the broker tells of; the row waits while it has more (docs/decisions/0007).
+    kept_failures: int = 0
     #: Joins nobody and nobody joins it.
     alone: bool = False
     #: Must begin in a new microbatch.
     fresh: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may go on its way: what it is blamed for would be remembered."""
+        return self.failures <= self.kept_failures
 
     @property
     def known(self) -> int:
@@ -67,6 +74,10 @@ class Microbatch:
     def workers(self) -> tuple[str, ...]:
         """Queues of the workers that may hold its rows."""
         return self.route or tuple(self.takers)
+
+    def computed_by_another(self, worker: str) -> bool:
+        """Whether it is a suspect that another worker computes just now: what becomes of that must be heard."""
+        return self.alone and bool(self.takers) and worker not in self.takers
 
     def held_at(self, worker: str) -> int:
         """At which stage this worker has the step in its hands, about; -1 where that is not known."""

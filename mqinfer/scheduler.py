@@ -73,6 +73,7 @@ class Scheduler:
             output=list(request.output),
             logprobs=list(request.logprobs),
             failures=request.failures,
+            kept_failures=request.failures,
             alone=decide(MissReason.LOST, request.failures) is Verdict.REPLAY_ALONE,
         )
         self._next_row += 1
@@ -86,11 +87,11 @@ class Scheduler:
     def form(self, now_s: float) -> list[Decision]:
         """Waiting rows become new microbatches as far as there should be more of them; suspects one at a time."""
         decisions: list[Decision] = []
-        suspect = next((row for row in self.waiting if row.alone), None)
+        suspect = next((row for row in self.waiting if row.alone and row.ready), None)
         if suspect is not None and not any(microbatch.alone for microbatch in self.microbatches.values()):
             self.waiting.remove(suspect)
             decisions += self._open([suspect], now_s, alone=True)
-        innocent = [row for row in self.waiting if not row.alone]
+        innocent = [row for row in self.waiting if row.ready and not row.alone]
         live = sum(1 for microbatch in self.microbatches.values() if self._is_open(microbatch))
         for size in batching.sizes(len(innocent), live, self._limits, self.target()):
             rows, innocent = innocent[:size], innocent[size:]
@@ -140,7 +141,8 @@ class Scheduler:
         there the broker's redelivery would show the same, once a peer takes it.
         """
         decisions: list[Decision] = []
-        for microbatch in [m for m in self.microbatches.values() if queue in m.workers]:
+        held = [m for m in self.microbatches.values() if queue in m.workers and not m.computed_by_another(queue)]
+        for microbatch in held:
             held_at = microbatch.held_at(queue)
             decisions += self._abandon(microbatch, MissReason.LOST, "the worker is gone", without=queue, stage=held_at)
         return decisions + self.form(now_s)
@@ -269,7 +271,7 @@ class Scheduler:
         if not self._is_open(microbatch):
             return
         room = batching.share(self._limits, self.target()) - len(microbatch.rows)
-        joining = [row for row in self.waiting if not (row.fresh or row.alone)][: max(room, 0)]
+        joining = [row for row in self.waiting if row.ready and not (row.fresh or row.alone)][: max(room, 0)]
         for row in joining:
             self.waiting.remove(row)
             microbatch.rows.append(row)

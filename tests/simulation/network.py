@@ -46,7 +46,7 @@ class Network:
     random: Random
     weather: Weather
     #: Told of every body that enters a queue.
-    watch: Callable[[str, bytes], None]
+    watch: Callable[[str, bytes, bool], None]
     #: Things that must never happen.
     complain: Callable[[str], None]
     #: Told of every link that the broker loses, before what it held goes back.
@@ -86,7 +86,8 @@ class Network:
 
     def enter(self, queue: str, message: Message) -> bool:
         """Route a message as the broker does; False where the queue does not exist."""
-        self.watch(queue, message.body)
+        attended = any(found.spec.name == queue and found.consumers for found in self.broker.queues())
+        self.watch(queue, message.body, attended)
         return self.broker.route(queue, message)
 
     def enter_again(self, queue: str, message: Message) -> None:

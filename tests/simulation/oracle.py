@@ -79,15 +79,16 @@ class Oracle:
 
     # -- while it runs ---------------------------------------------------------------------------
 
-    def entered(self, queue: str, body: bytes) -> None:
-        """A body has entered a queue."""
+    def entered(self, queue: str, body: bytes, attended: bool) -> None:
+        """A body has entered a queue; `attended`: somebody listens to it."""
         self.counts["messages"] += 1
         self.digest = zlib.crc32(body, zlib.crc32(queue.encode(), self.digest))
         if queue.endswith(".requests") or ".leases." in queue:
             request = _read(body)
             if isinstance(request, Request):
                 self._check_checkpoint(request)
-                self.copies[_name(request)] += queue.endswith(".requests")
+                # A checkpoint that comes after its coordinator is gone (late, or twice) goes to `requests` as well.
+                self.copies[_name(request)] += queue.endswith(".requests") or not attended
 
     def leases_lost(self, bodies: Sequence[bytes]) -> None:
         """A coordinator is gone; what it held goes back. A checkpoint may lie beside what it was to replace."""
@@ -173,8 +174,8 @@ class Oracle:
     def judge_poison(self) -> None:
         """A row that kills takes no more than three workers with it for each time it was asked."""
         for request, kills in self.poison_kills.items():
-            # A coordinator that is lost, or can't keep blame for an alarm, takes along two blames at most.
-            unkept = (DEATHS_TO_BLAME - 1) * self.coordinators_lost + self.duplicates + self.overdue[request]
+            # A coordinator that is lost may have the row under way; what it knew to blame it for was kept before.
+            unkept = self.coordinators_lost + self.duplicates + self.overdue[request]
             allowed = DEATHS_TO_BLAME * max(self.copies[request], 1) + unkept
             if kills > allowed:
                 self.complain(f"{request} killed {kills} workers")

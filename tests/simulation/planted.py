@@ -235,6 +235,7 @@ BUGS: Mapping[str, Bug] = {
     "buried-nowhere": Bug("what can't be read is held for ever", stage_worker, "bury", _buried_nowhere),
     "buried-is-lost": Bug("what can't be read is thrown away", coordinator, "bury", _acked_only),
     "taken-unheard": Bug("a coordinator does not hear who takes a step", scheduler.Scheduler, "taken", _taken_unheard),
+    "blame-kept-late": Bug("a row goes on before its blame is kept", LiveRow, "ready", lambda right: True),
     "blame-not-kept": Bug("blame dies with its coordinator", LiveRow, "checkpoint", _blame_not_kept),
     "never-released": Bug(
         "workers are not told what they may forget", scheduler.Scheduler, "_releases", _never_released

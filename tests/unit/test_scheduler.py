@@ -69,6 +69,9 @@ class Ring:
                     self.forget(decision.release.rows)
                 case Replayed():
                     self.replayed.append(decision)
+                    decision.row.kept_failures = decision.row.failures
+        if any(isinstance(decision, Replayed) for decision in decisions):
+            self.take(self.scheduler.form(0.0))
 
     def forget(self, rows: Sequence[tuple[int, int]]) -> None:
         for row in rows:
@@ -325,6 +328,43 @@ def test_a_suspect_is_not_blamed_for_a_death_that_met_it_waiting(told: str) -> N
     assert ring.sent[0].step.alone
     (row,) = ring.scheduler.rows.values()
     assert row.failures == MAX_FAILURES - 1
+
+
+def test_what_becomes_of_a_suspect_is_heard_although_another_worker_of_its_route_is_gone() -> None:
+    ring = Ring()
+    ring.add(request("a", range(20), failures=2))
+    ring.turn()
+    step = ring.sent[-1].step
+    assert step.alone
+    ring.scheduler.taken(taken(step, "w0"), 0.0)
+    ring.take(ring.scheduler.gone("w1", 0.0))
+    assert not ring.replayed, "w0 computes it just now"
+    ring.take(ring.scheduler.gone("w0", 0.0))
+    assert ring.results["a"].reason is FinishReason.ERROR
+
+
+def test_a_suspect_is_replayed_once_it_is_passed_on_to_a_worker_that_is_gone() -> None:
+    ring = Ring()
+    ring.add(request("a", range(20), failures=2))
+    ring.turn()
+    step = ring.sent[-1].step
+    ring.scheduler.taken(taken(step, "w0"), 0.0)
+    ring.scheduler.taken(taken(step, "w0", passed=True), 0.0)
+    ring.take(ring.scheduler.gone("w1", 0.0))
+    assert [replayed.row.failures for replayed in ring.replayed] == [2]
+
+
+def test_a_row_waits_until_what_it_is_blamed_for_is_kept() -> None:
+    """Or it might kill again before its coordinator is lost, with nothing to tell the next one."""
+    ring = Ring()
+    ring.add(request("a"))
+    decisions = ring.scheduler.done(missed(ring.sent.pop().step, MissReason.LOST), 0.0)
+    assert not [decision for decision in decisions if isinstance(decision, Send)]
+    assert not ring.scheduler.form(0.0)
+    (row,) = ring.scheduler.rows.values()
+    row.kept_failures = 1
+    (send,) = ring.scheduler.form(0.0)
+    assert isinstance(send, Send)
 
 
 def test_a_row_never_reserves_more_than_the_context() -> None:
