@@ -93,7 +93,7 @@ def listen(connection: RawConnection, gate: Gate) -> None:
 
     def blocked(frame: Any) -> None:
         # With megabytes stuck in the socket, heartbeats pile up behind them, and when the queue is full for
-        # 3 × (heartbeat + 1) s aiormq ends the connection. The broker reads none of them and waits for none now.
+        # 2 × (heartbeat + 1) s aiormq ends the connection. The broker reads none of them and waits for none now.
         connection.write_queue = asyncio.Queue()
         gate.shut(frame.reason or "")
 

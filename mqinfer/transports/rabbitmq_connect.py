@@ -11,6 +11,7 @@ import socket
 import ssl
 from typing import Any
 
+import aiormq.connection
 from aio_pika import Connection
 from aio_pika.connection import make_url
 from aio_pika.exceptions import AMQPError, AuthenticationError, InvalidFrameError, ProbableAuthenticationError
@@ -18,6 +19,11 @@ from aiormq.connection import TCPTransportFactory, TLSTransportFactory, Transpor
 from yarl import URL
 
 from mqinfer.errors import Refused, SettingsError
+
+#: A connection on which nothing was heard for so many times (heartbeat + 1) s is lost; aiormq looks once in half a
+#: heartbeat, and three, its own number, would break the promise of docs/operations.md by that. The broker sends two
+#: in each heartbeat.
+aiormq.connection.Connection.HEARTBEAT_GRACE_MULTIPLIER = 2
 
 
 class AbortableConnection(Connection):
