@@ -32,12 +32,15 @@ class Pending:
 
 
 def microbatch_target(consumers: Sequence[int]) -> int:
-    """How many microbatches keep every worker busy: one in each one's hands, half as many between them.
+    """How many microbatches keep every worker busy with as large forwards as can be.
 
-    `consumers`: workers that serve each stage, 0 where none is known yet.
+    In a chain of single workers that is one in each one's hands: a forward costs much the same for a few rows more, so
+    that another microbatch on the way costs more than waiting for a message now and then. Where workers share a stage,
+    half as many again even out which of them serves which. `consumers`: workers that serve each stage, 0 where none is
+    known yet.
     """
     workers = sum(max(count, 1) for count in consumers)
-    return workers + (workers + 1) // 2
+    return workers if workers == len(consumers) else workers + (workers + 1) // 2
 
 
 def share(limits: Limits, target: int) -> int:

@@ -153,6 +153,9 @@ class Step:
     alone: bool = False
     #: A worker of the route is about to leave: no row may join.
     closing: bool = False
+    #: The latest forward of the slowest of the stages passed: how long it took, over how many positions.
+    slowest_s: float = 0.0
+    slowest_tokens: int = 0
     #: Stage 0 only: the new tokens of all rows, row after row.
     tokens: tuple[int, ...] = ()
     #: Later stages: [sum of counts, hidden_size], rows in order.
@@ -197,6 +200,9 @@ class StepDone:
     misses: tuple[Miss, ...] = ()
     #: As in the step.
     closing: bool = False
+    #: As in the step, the last stage included.
+    slowest_s: float = 0.0
+    slowest_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

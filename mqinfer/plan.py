@@ -13,7 +13,7 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +55,9 @@ class Plan:
     context_tokens: int
     #: Tokens that end an answer.
     eos_tokens: tuple[int, ...] = ()
+    #: 16 hex digits that bind model, weights, dtype and cuts; messages of another digest are refused.
+    #: A folder's path is not part of it: the same weights may lie elsewhere on every machine.
+    digest: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -69,13 +72,9 @@ class Plan:
                 raise PlanError(f"{key}: {getattr(self, key)} is less than 1")
         if any(token < 0 for token in self.eos_tokens):
             raise PlanError(f"eos_tokens: {min(self.eos_tokens)} is less than 0")
+        object.__setattr__(self, "digest", self._digest())  # once: every message has it
 
-    @property
-    def digest(self) -> str:
-        """16 hex digits that bind model, weights, dtype and cuts; messages of another digest are refused.
-
-        A folder's path is not part of it: the same weights may lie elsewhere on every machine.
-        """
+    def _digest(self) -> str:
         bound = {
             "model": self.model if self.revision else "",
             "revision": self.revision,

@@ -121,6 +121,13 @@ def _prune_ends(model: PreTrainedModel, *, is_first: bool, is_last: bool) -> Non
         _replace(model, head, nn.Identity())
 
 
+def release_embedding(model: PreTrainedModel) -> None:
+    """Give up the embedding of a stage behind the first, once the head that it was tied to has a weight of its own."""
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, NoEmbedding):
+        _replace(model, embedding, NoEmbedding(embedding))
+
+
 def connect(model: PreTrainedModel, spec: StageSpec) -> Ports:
     """Put the hooks on a pruned model that has its weights."""
     ports = Ports()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from mqinfer import batching
 from mqinfer.batching import Limits, Pending
 from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, Step, StepDone, StepTaken
+from mqinfer.pacing import Pace
 from mqinfer.plan import Plan
 from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
 from mqinfer.verdicts import BLAMED, MAX_FAILURES, Verdict, decide, explain
@@ -37,6 +38,7 @@ class Scheduler:
         #: Doubles when steps are overdue, halves when one comes home quickly: a pipeline that is slower than the
         #: timeout would replay its rows for ever.
         self._patience = 1
+        self._pace = Pace()
         #: (row, epoch) pairs by the microbatch that was given up with them, the latest last.
         self._given_up: OrderedDict[int, tuple[tuple[int, int], ...]] = OrderedDict()
         self._next_row = 0
@@ -121,6 +123,7 @@ class Scheduler:
         if len(end.route) > len(microbatch.route):
             microbatch.route = end.route
         microbatch.closed |= end.closing
+        self._pace.note(end.slowest_tokens, end.slowest_s)
         if now_s - microbatch.sent_at_s < self._step_timeout_s / 2:
             self._patience = max(self._patience // 2, 1)
         missed = {miss.row: miss for miss in end.misses}
@@ -180,11 +183,9 @@ class Scheduler:
         row.cached = part.start + part.count
         if part.sampling is None:
             return []
-        if drawn is None:
-            miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=MissReason.COMPUTE, detail="no token came")
-            return self._give_up(microbatch, row, miss)
-        if not 0 <= drawn.token < self._plan.vocab_size:
-            miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=MissReason.COMPUTE, detail="no such token")
+        if drawn is None or not 0 <= drawn.token < self._plan.vocab_size:
+            detail = "no token came" if drawn is None else "no such token"
+            miss = Miss(row=row.number, epoch=row.epoch, stage=-1, reason=MissReason.COMPUTE, detail=detail)
             return self._give_up(microbatch, row, miss)
         row.output.append(drawn.token)
         if drawn.logprob is not None:
@@ -304,7 +305,8 @@ class Scheduler:
         return Send(microbatch.route[0] if microbatch.route else None, step)
 
     def _parts(self, rows: Sequence[LiveRow]) -> tuple[Row, ...]:
-        counts = batching.counts([Pending(row.cached, row.known) for row in rows], self._limits.step_tokens)
+        pending = [Pending(row.cached, row.known) for row in rows]
+        counts = batching.counts(pending, self._pace.step_tokens(pending, self._limits.step_tokens))
         return tuple(
             Row(
                 row=row.number,

@@ -65,14 +65,17 @@ class StageCompute:
 
     # -- in the compute thread -------------------------------------------------------------------
 
-    def run(self, steps: Sequence[Step], me: str, closing: bool = False) -> list[Outgoing]:
+    def run(
+        self, steps: Sequence[Step], me: str, closing: bool = False, latest: tuple[float, int] = (0.0, 0)
+    ) -> list[Outgoing]:
         """One forward over all steps; one answer for each, in order. `me` is this worker's own queue.
 
-        Never raises for what a step contains. `closing`: tell owners that this worker is about to leave.
+        Never raises for what a step contains. `closing`: tell owners that this worker is about to leave. `latest`: what
+        they are told of this worker's pace, the seconds of an earlier forward and its positions.
         """
         for step in steps:
             self.engine.forget(step.owner, step.release)
-        steps = [self._on_route(step, me, closing) for step in steps]
+        steps = [self._on_route(step, me, closing, latest) for step in steps]
         works: list[Work | WireError] = [self._work(step) for step in steps]
         done = iter(self.engine.run([work for work in works if isinstance(work, Work)]))
         return [
@@ -80,10 +83,16 @@ class StageCompute:
             for step, work in zip(steps, works, strict=True)
         ]
 
-    def _on_route(self, step: Step, me: str, closing: bool) -> Step:
+    def _on_route(self, step: Step, me: str, closing: bool, latest: tuple[float, int]) -> Step:
         first_trip = len(step.route) == self._stage
-        route = (*step.route, me) if first_trip else step.route
-        return replace(step, route=route, closing=step.closing or closing)
+        seconds, tokens = max(latest, (step.slowest_s, step.slowest_tokens))
+        return replace(
+            step,
+            route=(*step.route, me) if first_trip else step.route,
+            closing=step.closing or closing,
+            slowest_s=seconds,
+            slowest_tokens=tokens,
+        )
 
     def _work(self, step: Step) -> Work | WireError:
         try:
@@ -147,4 +156,6 @@ def step_done(step: Step, misses: tuple[Miss, ...]) -> StepDone:
         route=step.route,
         misses=misses,
         closing=step.closing,
+        slowest_s=step.slowest_s,
+        slowest_tokens=step.slowest_tokens,
     )

@@ -16,11 +16,14 @@ class StageCounts:
         self._stage = stage
         #: By name, units in the name: what `Report.values` carries.
         self.values: Counter[str] = Counter()
+        #: Of the latest forward: its seconds, its positions.
+        self.latest = (0.0, 0)
 
     def computed(self, steps: Sequence[Step], seconds: float) -> None:
         """One forward over these steps took so long."""
         rows = sum(len(step.rows) for step in steps)
         tokens = sum(row.count for step in steps for row in step.rows)
+        self.latest = (seconds, tokens)
         self.values.update({"forwards": 1, "steps": len(steps), "rows": rows, "tokens": tokens, "busy_s": seconds})
         emit(STEP_COMPUTED, stage=self._stage, microbatches=len(steps), rows=rows, tokens=tokens, seconds=seconds)
 

@@ -20,9 +20,10 @@ from mqinfer import families
 from mqinfer.attention import RAGGED, Attending, Extent, Seen, attending
 from mqinfer.errors import PlanError
 from mqinfer.kv_cache import LayerShape
+from mqinfer.packed_linear import PackedLinear, pack_linears, packed_bytes
 from mqinfer.padding import PaddedBatch, equal_counts
 from mqinfer.plan import Plan, StageSpec
-from mqinfer.pruning import StageEnd, connect
+from mqinfer.pruning import StageEnd, connect, head_of, release_embedding
 from mqinfer.stage_weights import read_config, read_stage, rope_limit
 
 
@@ -36,7 +37,8 @@ class StageModel:
         self.last = spec.end == plan.stages[-1].end
         #: Positions that a row may reach.
         self.max_tokens = min(plan.context_tokens, rope_limit(model.config) or plan.context_tokens)
-        self.weight_bytes = sum({p.data_ptr(): p.nbytes for p in model.state_dict().values()}.values())
+        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+        self.weight_bytes = sum(tensors.values()) + packed_bytes(model)
         self._model = model
         self._spec = spec
         self._layers = plan.stages[-1].end
@@ -61,6 +63,10 @@ class StageModel:
         attention = RAGGED if kind == families.RAGGED else None
         model = read_stage(config, spec, folder, getattr(torch, plan.dtype), attention)
         model.requires_grad_(False).train(False).to(device)
+        if torch.device(device).type == "cpu":
+            pack_linears(model)
+            if spec.first > 0 and isinstance(head_of(model), PackedLinear):
+                release_embedding(model)
         return cls(model, plan, spec, torch.device(device))
 
     def forward(self, inputs: Tensor, extents: Sequence[Extent], sampled: Sequence[int]) -> Tensor:

@@ -229,7 +229,7 @@ class WorkerSession:
     async def _compute_steps(self, taken: Sequence[Taken]) -> list[Outgoing]:
         began_s = now_s()
         steps = [item.step for item in taken]
-        outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing)
+        outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing, self._counts.latest)
         self._counts.computed(steps, now_s() - began_s)
         return outgoing
 

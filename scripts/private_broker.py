@@ -55,6 +55,10 @@ class PrivateBroker:
         self._config = config
         self._advanced = advanced or "[]."
         self._folder = Path(tempfile.mkdtemp(prefix="mqinfer-broker-"))
+        # Left to Erlang, a start on a busy machine was seen to end because its cookie was not hidden yet.
+        cookie = os.open(self._folder / ".erlang.cookie", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400)
+        os.write(cookie, secrets.token_hex(16).encode())
+        os.close(cookie)
         # Its own session: Ctrl-C in the terminal must reach the owner only.
         self._janitor = subprocess.Popen(
             ["/bin/sh", "-c", JANITOR, "janitor", str(self._folder)], stdin=subprocess.PIPE, start_new_session=True
@@ -67,6 +71,11 @@ class PrivateBroker:
     def url(self) -> str:
         """Where it listens, with the name and password that every new RabbitMQ has."""
         return f"amqp://guest:guest@127.0.0.1:{self._port}/"
+
+    @property
+    def pid(self) -> int:
+        """The server's first process; while it runs. Raises: KeyError."""
+        return self._processes["server"].pid
 
     def start(self) -> None:
         """Returns when it answers. Raises: BrokerFailed, and nothing of it runs then."""

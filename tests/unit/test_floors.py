@@ -42,9 +42,9 @@ ROOMS = (
         "transports.rabbitmq transports.rabbitmq_alarm transports.rabbitmq_connect transports.rabbitmq_link",
     ),
     Room("checkpoint", 2, "checkpoint headers anatomy hub"),
-    Room("compute", 2, "stage_model stage_weights pruning attention padding kv_cache sampler device"),
+    Room("compute", 2, "stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device"),
     Room("text", 2, "tokenizer"),
-    Room("policy", 2, "batching verdicts partition rows scheduler"),
+    Room("policy", 2, "batching pacing verdicts partition rows scheduler"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
     Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
@@ -74,7 +74,7 @@ HOMES = {
     "safetensors": "stage_weights",
     "structlog": "observe",
     "tenacity": "link",
-    "torch": "tensor_codec stage_model stage_weights pruning attention padding kv_cache sampler device "
+    "torch": "tensor_codec stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device "
     "stage_engine stage_compute",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
     "typer": "cli cli_queues launch flags",

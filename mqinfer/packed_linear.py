@@ -1,0 +1,70 @@
+"""Large linear layers with their weights laid out once for oneDNN: the fast path of x86 processors.
+
+For a few rows of input the library behind `nn.Linear` lays the whole weight out anew in every call, which costs as much
+as the product itself: SmolLM2's head, [49152, 576] in float32, takes 41 ms for 16 rows on one thread, laid out once 25.
+Only for inference: there is no backward. Which layers a stage has is not known here.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+#: Smaller weights gain nothing where there is no AVX-512, and lose a third at a single row.
+LEAST_ELEMENTS = 2**22
+
+
+class PackedLinear(nn.Module):
+    """In place of an `nn.Linear`; `weight_bytes` is what its weight takes, which no state dict shows."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight_bytes = weight.nbytes
+        self.bias = linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as nn.Linear names it
+        """[..., in_features] -> [..., out_features]."""
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], ""))
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Replace the large linear layers one by one, so that no more than one weight is here twice; in place.
+
+    A weight that other modules share stays for them. Does nothing where oneDNN can't do it: for other processors, or in
+    bfloat16 without AVX-512.
+    """
+    names = [name for name, module in model.named_modules() if _is_large(module)]
+    for name in names:
+        linear = cast(nn.Linear, model.get_submodule(name))
+        if can_pack(linear.weight.dtype):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, PackedLinear(linear))
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """What the packed weights take."""
+    return sum(module.weight_bytes for module in model.modules() if isinstance(module, PackedLinear))
+
+
+@lru_cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN lays out weights of that type on this processor."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch._C._has_mkldnn:
+        return False
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), None)
+    except (RuntimeError, AttributeError):  # not for this type; not in this build
+        return False
+    return True
+
+
+def _is_large(module: nn.Module) -> bool:
+    """Exactly `nn.Linear`: subclasses do something else."""
+    return type(module) is nn.Linear and module.weight.numel() >= LEAST_ELEMENTS

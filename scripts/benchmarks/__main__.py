@@ -1,0 +1,84 @@
+"""The command line of the benchmark: cases by name, JSON out, tables into docs/performance.md."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.measure import Case, Outcome, run
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+
+#: Case -> the module that has it; its `cases()` gives what belongs to that name, often several lines of the report.
+CASES: Mapping[str, str] = {
+    "generate": "benchmarks.generate",
+    "equal": "benchmarks.generate",
+    "one": "benchmarks.generate",
+    "users": "benchmarks.generate",
+    "prefill": "benchmarks.generate",
+    "long": "benchmarks.long",
+    "hop": "benchmarks.hop",
+    "codec": "benchmarks.codec",
+    "scale": "benchmarks.scale",
+    "profile": "benchmarks.profile",
+    "memory": "benchmarks.memory",
+}
+
+EPILOG = """\
+Every figure is one side of a comparison in one run: all contenders are ready at once and take turns, medians of
+the rounds are printed with all of them. The machine should be idle otherwise; nothing here is part of the tests.
+
+  scripts/bench                     all cases: the better part of an hour on 2 cores
+  scripts/bench generate            one of them
+  scripts/bench one --rounds 5      with more rounds
+  scripts/bench hop --write         puts the tables into docs/performance.md
+  scripts/bench --json FILE         all rounds, for machines
+
+Petals runs where MQINFER_PETALS names the python of an environment that has it: see docs/performance.md.
+Exit code: 0 every goal that could be measured was met, 1 some were not, 130 stopped by Ctrl-C."""
+
+
+def main() -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="Measure mqinfer against named rivals.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("case", nargs="*", help=f"of: {', '.join(CASES)} (default: all)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="how often each contender runs (default: the case's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
+    options = parser.parse_args()
+    if unknown := set(options.case) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever was started is ended then
+        signal.signal(number, signal.default_int_handler)
+    command = " ".join(["scripts/bench", *sys.argv[1:]])
+    outcomes: list[Outcome] = []
+    for name in options.case or CASES:
+        make: Callable[[str], list[Case]] = import_module(CASES[name]).cases
+        for case in make(name):
+            outcome = run(replace(case, rounds=options.rounds) if options.rounds else case)
+            outcomes.append(outcome)
+            print(report.markdown(outcome, command), flush=True)
+            if options.write:
+                report.put(DOCUMENT, outcome, command)
+    if options.json:
+        report.dump(options.json, outcomes, command)
+    met = [outcome.reached(goal) for outcome in outcomes for goal in outcome.case.goals]
+    return int(any(reached is not None and not reached[1] for reached in met))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

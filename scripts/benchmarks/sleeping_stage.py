@@ -1,0 +1,221 @@
+"""Stage workers that sleep where others compute: all of a worker is real but its engine.
+
+`python -m benchmarks.sleeping_stage --pipeline FILE --broker URL --stages 0,1,1 --step-s 0.02,0.02,0.04` is three
+workers, one process each, that end together. Hidden states are noise of the right size, tokens are the rows' positions;
+a row whose earlier positions a worker does not hold is missed, as by a real one. Other settings: MQINFER_*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mqinfer.messages import Miss, MissReason, Row, Sampled
+from mqinfer.observe import log_to_stderr
+from mqinfer.plan import Plan, read
+from mqinfer.running import finish
+from mqinfer.settings import WorkerSettings, load
+from mqinfer.stage_compute import StageCompute
+from mqinfer.stage_engine import Done, Work
+from mqinfer.stage_worker import StageWorker
+from mqinfer.transports import open_transport
+from mqinfer.transports.base import Transport
+
+#: What one row's keys and values count as.
+ROW_BYTES = 2**20
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How long a forward sleeps."""
+
+    #: For each microbatch in it.
+    step_s: float
+    #: For each new position.
+    token_s: float
+
+    def seconds(self, works: Sequence[Work]) -> float:
+        """Of one forward over all of them."""
+        tokens = sum(row.count for work in works for row in work.rows)
+        return len(works) * self.step_s + tokens * self.token_s
+
+
+class SleepingEngine:
+    """Has the interface of a StageEngine, for the one compute thread."""
+
+    def __init__(self, plan: Plan, stage: int, speed: Speed, kv_rows: int) -> None:
+        self.device = torch.device("cpu")
+        self.first = stage == 0
+        self.last = stage == len(plan.stages) - 1
+        self.kv_budget_bytes = kv_rows * ROW_BYTES
+        self._plan = plan
+        self._stage = stage
+        self._speed = speed
+        self._kv_rows = kv_rows
+        #: (owner, row) -> epoch, positions held.
+        self._held: dict[tuple[str, int], tuple[int, int]] = {}
+        self._noise = torch.empty(0)
+
+    @property
+    def cached_rows(self) -> int:
+        """See StageEngine."""
+        return len(self._held)
+
+    @property
+    def kv_used_bytes(self) -> int:
+        """See StageEngine."""
+        return len(self._held) * ROW_BYTES
+
+    def fits(self, rows: Sequence[Row]) -> bool:
+        """See StageEngine."""
+        return len(self._held) + sum(row.start == 0 for row in rows) <= self._kv_rows
+
+    def forget(self, owner: str, rows: Sequence[tuple[int, int]]) -> None:
+        """See StageEngine."""
+        for row, epoch in rows:
+            if self._held.get((owner, row), (epoch + 1, 0))[0] <= epoch:
+                del self._held[owner, row]
+
+    def forget_idle(self) -> int:
+        """Nothing is ever idle here."""
+        return 0
+
+    def forget_all(self) -> None:
+        """See StageEngine."""
+        self._held.clear()
+
+    def run(self, works: Sequence[Work]) -> list[Done]:
+        """See StageEngine."""
+        time.sleep(self._speed.seconds(works))
+        return [self._done(work) for work in works]
+
+    def _done(self, work: Work) -> Done:
+        reasons = {row.row: self._admit(work.owner, row) for row in work.rows}
+        rows = tuple(row for row in work.rows if reasons[row.row] is None)
+        sampled = [
+            Sampled(row=row.row, epoch=row.epoch, token=(row.start + row.count) % self._plan.vocab_size)
+            for row in rows
+            if self.last and row.sampling is not None
+        ]
+        misses = [
+            Miss(row=row.row, epoch=row.epoch, stage=self._stage, reason=reason)
+            for row in work.rows
+            if (reason := reasons[row.row]) is not None
+        ]
+        hidden = None if self.last or not rows else self._hidden(sum(row.count for row in rows))
+        return Done(rows=rows, hidden=hidden, sampled=tuple(sampled), misses=tuple(misses))
+
+    def _admit(self, owner: str, row: Row) -> MissReason | None:
+        epoch, length = self._held.get((owner, row.row), (row.epoch - 1, 0))
+        if epoch < row.epoch:  # it is new here
+            if row.start:
+                return MissReason.CACHE
+            if not self.fits([row]):
+                return MissReason.ROOM
+            epoch = row.epoch
+        elif epoch > row.epoch or length < row.start:
+            return MissReason.CACHE
+        self._held[owner, row.row] = epoch, row.start + row.count
+        return None
+
+    def _hidden(self, tokens: int) -> Tensor:
+        """[tokens, hidden_size]: compresses about as real ones do."""
+        if len(self._noise) < tokens:
+            self._noise = torch.randn(tokens, self._plan.hidden_size).to(getattr(torch, self._plan.dtype))
+        return self._noise[:tokens]
+
+
+def serve(plan: Plan, stage: int, speed: Speed, kv_rows: int, settings: WorkerSettings) -> int:
+    """One worker, until SIGTERM. The exit code."""
+
+    async def connect() -> Transport:
+        return await open_transport(settings.broker, name=f"sleeping worker {stage}", heartbeat_s=settings.heartbeat_s)
+
+    log_to_stderr(level=settings.log_level, as_json=settings.log_json)
+    engine: Any = SleepingEngine(plan, stage, speed, kv_rows)
+    compute = StageCompute(plan, stage, engine, codec=settings.codec, threads=settings.threads)
+    finish(StageWorker(plan, stage, compute, settings, connect).run, stopped=0)
+    return 0
+
+
+def serve_all(works: Sequence[Callable[[], int]]) -> int:
+    """Each in a process of its own, forked, for imports take seconds; all end when one does. The exit code."""
+    children = [_forked(work) for work in works]
+
+    def end(*_: object) -> None:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    code = 0
+    for _ in works:
+        ended, status = os.wait()
+        children.remove(ended)
+        code = max(code, abs(os.waitstatus_to_exitcode(status)))
+        end()
+    return code
+
+
+def _forked(work: Callable[[], int]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        code = work()
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def main() -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", type=Path, required=True, help="the plan's file")
+    parser.add_argument("--broker", required=True)
+    parser.add_argument("--stages", type=_list_of(int), required=True, help="of each worker: 0,1,1")
+    parser.add_argument("--step-s", type=_list_of(float), default=[0.02], help="sleep for each step, of each worker")
+    parser.add_argument("--token-s", type=_list_of(float), default=[0.0], help="and for each new position")
+    parser.add_argument("--kv-rows", type=_list_of(int), default=[100_000], help="rows that fit, of each worker")
+    options = parser.parse_args()
+    plan, count = read(options.pipeline), len(options.stages)
+    settings = load(WorkerSettings, broker=options.broker, threads=1)
+    each = (_for_each(values, count, parser) for values in (options.step_s, options.token_s, options.kv_rows))
+    works = [
+        lambda stage=stage, speed=Speed(step_s, token_s), rows=rows: serve(plan, stage, speed, rows, settings)
+        for stage, step_s, token_s, rows in zip(options.stages, *each, strict=True)
+    ]
+    return works[0]() if count == 1 else serve_all(works)
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _for_each(values: list[Any], count: int, parser: argparse.ArgumentParser) -> list[Any]:
+    if len(values) not in (1, count):
+        parser.error(f"{len(values)} values for {count} workers: give one, or one for each")
+    return values if len(values) == count else values * count
+
+
+if __name__ == "__main__":
+    sys.exit(main())

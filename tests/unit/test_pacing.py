@@ -1,0 +1,69 @@
+"""How much prefill a step carries beside rows that decode, learnt from what forwards took."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mqinfer.batching import Pending
+from mqinfer.pacing import LEAST_TOKENS, Pace
+
+MOST = 256
+DECODING = [Pending(50, 51)] * 16
+LONG = [Pending(0, 4000)]
+
+
+def paced(fixed_s: float, token_s: float) -> Pace:
+    """Has seen decode steps and full ones of a stage that takes so long."""
+    pace = Pace()
+    for tokens in (MOST, 16, 16, 16, MOST, 16, 16, 16):
+        pace.note(tokens, fixed_s + token_s * tokens)
+    return pace
+
+
+def test_without_observations_a_step_is_full() -> None:
+    assert Pace().step_tokens(DECODING + LONG, MOST) == MOST
+
+
+def test_rows_that_decode_keep_two_thirds_of_their_rate_beside_one_long_prefill() -> None:
+    fixed_s, token_s = 0.06, 0.0035
+    tokens = paced(fixed_s, token_s).step_tokens(DECODING + LONG, MOST)
+    decode_s, both_s = fixed_s + token_s * 16, fixed_s + token_s * tokens
+    assert 0.66 < decode_s / both_s < 0.72
+
+
+def test_where_positions_ride_along_for_nothing_a_step_is_full() -> None:
+    assert paced(0.020, 1e-5).step_tokens(DECODING + LONG, MOST) == MOST
+    assert paced(0.020, 0.0).step_tokens(DECODING + LONG, MOST) == MOST
+
+
+def test_a_few_rows_that_decode_do_not_hold_up_many_that_prefill() -> None:
+    many = [Pending(0, 100)] * 28
+    assert paced(0.06, 0.0035).step_tokens(DECODING[:4] + many, MOST) == MOST
+
+
+def test_a_step_of_prefills_alone_is_full() -> None:
+    assert paced(0.06, 0.0035).step_tokens(LONG, MOST) == MOST
+
+
+def test_a_prefill_goes_on_however_slow_it_is() -> None:
+    assert paced(0.001, 0.5).step_tokens([Pending(50, 51), *LONG], MOST) >= 1 + LEAST_TOKENS
+
+
+def test_decode_steps_for_a_long_time_do_not_make_it_forget_what_a_prefill_costs() -> None:
+    pace = paced(0.06, 0.0035)
+    for _ in range(400):
+        pace.note(16, 0.06 + 0.0035 * 16)
+    assert pace.step_tokens(DECODING + LONG, MOST) < 64
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 1e6)), max_size=50),
+    st.lists(st.integers(1, 5000), min_size=1, max_size=20),
+    st.integers(1, 4096),
+)
+def test_whatever_was_seen_a_step_has_room_for_somebody_and_never_passes_its_bound(
+    seen: list[tuple[int, float]], needs: list[int], most: int
+) -> None:
+    pace = Pace()
+    for tokens, seconds in seen:
+        pace.note(tokens, seconds)
+    assert 1 <= pace.step_tokens([Pending(0, need) for need in needs], most) <= most

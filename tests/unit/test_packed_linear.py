@@ -1,0 +1,61 @@
+"""Linear layers laid out once for oneDNN."""
+
+import pytest
+import torch
+from torch import nn
+
+from mqinfer import packed_linear
+from mqinfer.packed_linear import PackedLinear, can_pack, pack_linears, packed_bytes
+
+needs_onednn = pytest.mark.skipif(not can_pack(torch.float32), reason="oneDNN packs nothing on this processor")
+
+
+class Tied(nn.Module):
+    """An embedding whose weight the head shares, and a small layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.small = nn.Linear(32, 8)
+        self.head = nn.Linear(32, 64, bias=True)
+        self.head.weight = self.embedding.weight
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Tied:
+    monkeypatch.setattr(packed_linear, "LEAST_ELEMENTS", 64 * 32)
+    torch.manual_seed(1)
+    return Tied().requires_grad_(False)
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [0, 1, 3, 16, 100])
+def test_a_packed_layer_computes_what_the_layer_did(model: Tied, rows: int) -> None:
+    hidden = torch.randn(1, rows, 32)
+    expected = model.head(hidden)
+    pack_linears(model)
+    assert isinstance(model.head, PackedLinear)
+    torch.testing.assert_close(model.head(hidden), expected)
+
+
+@needs_onednn
+def test_only_large_layers_are_packed_and_what_shares_the_weight_keeps_it(model: Tied) -> None:
+    before = model.embedding.weight.clone()
+    pack_linears(model)
+    assert type(model.small) is nn.Linear
+    assert torch.equal(model.embedding.weight, before)
+    assert packed_bytes(model) == 64 * 32 * 4
+
+
+@needs_onednn
+def test_hooks_of_a_packed_layer_work_as_those_of_any(model: Tied) -> None:
+    pack_linears(model)
+    model.head.register_forward_pre_hook(lambda _, args: (args[0][:, :1],))
+    assert model.head(torch.randn(1, 5, 32)).shape == (1, 1, 64)
+
+
+def test_where_onednn_can_not_the_model_stays_as_it_is(model: Tied, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
+    pack_linears(model)
+    assert type(model.head) is nn.Linear
+    assert packed_bytes(model) == 0
