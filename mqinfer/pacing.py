@@ -21,6 +21,8 @@ SLACK = 0.5
 PATIENT_ROWS = 8
 #: However slow it is, a prefill goes on.
 LEAST_TOKENS = 16
+#: No forward that helps here takes longer; a worker may say what it likes.
+MOST_S = 3600.0
 
 
 @dataclass(slots=True)
@@ -35,6 +37,7 @@ class Pace:
         """A forward over so many positions took so long."""
         if seconds <= 0:
             return
+        seconds = min(seconds, MOST_S)
         mean_tokens, mean_s = self._means.get(tokens.bit_length(), (tokens, seconds))
         self._means[tokens.bit_length()] = (
             mean_tokens + FRESH * (tokens - mean_tokens),
@@ -51,7 +54,7 @@ class Pace:
         fixed_s, token_s = line
         slack = SLACK * max(1.0, PATIENT_ROWS * prefilling / decoding)
         beside = slack * (fixed_s + token_s * decoding) / token_s
-        return min(most, decoding + max(int(beside), LEAST_TOKENS))
+        return min(most, decoding + int(min(max(beside, LEAST_TOKENS), most)))
 
     def _line(self) -> tuple[float, float] | None:
         """(fixed_s, token_s) of the least squares; None while forwards were all alike, or longer ones no slower."""

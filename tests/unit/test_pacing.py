@@ -1,6 +1,8 @@
 """How much prefill a step carries beside rows that decode, learnt from what forwards took."""
 
-from hypothesis import given
+import sys
+
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mqinfer.batching import Pending
@@ -55,8 +57,10 @@ def test_decode_steps_for_a_long_time_do_not_make_it_forget_what_a_prefill_costs
     assert pace.step_tokens(DECODING + LONG, MOST) < 64
 
 
+@example([(1, 1e-320), (2, 2e-320)], [5], 64)
+@example([(1, 0.1), (2, sys.float_info.max)], [5], 64)
 @given(
-    st.lists(st.tuples(st.integers(0, 2000), st.floats(0, 1e6)), max_size=50),
+    st.lists(st.tuples(st.integers(0, 2**31), st.floats(0, sys.float_info.max)), max_size=50),
     st.lists(st.integers(1, 5000), min_size=1, max_size=20),
     st.integers(1, 4096),
 )
@@ -66,4 +70,4 @@ def test_whatever_was_seen_a_step_has_room_for_somebody_and_never_passes_its_bou
     pace = Pace()
     for tokens, seconds in seen:
         pace.note(tokens, seconds)
-    assert 1 <= pace.step_tokens([Pending(0, need) for need in needs], most) <= most
+    assert 1 <= pace.step_tokens([*DECODING[:1], *(Pending(0, need) for need in needs)], most) <= most
