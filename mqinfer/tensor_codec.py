@@ -1,7 +1,7 @@
 """Hidden states <-> Packed: the codecs of the wire. docs/wire.md is the normative text of their bytes.
 
 `raw` and `lossless` are exact to the bit in the model's own dtype, float16 included: it travels as its own 16 bits, and
-nothing is ever converted to it. `int8` is not exact; scripts/bench_codec measures what it changes. zstandard is at
+nothing is ever converted to it. `int8` is not exact; `scripts/bench codec` measures what it changes. zstandard is at
 home here and nowhere else. No message but Packed and no queue may be known here. All functions are thread-safe.
 
 Numbers are little-endian, as on every machine that PyTorch is built for.
@@ -214,7 +214,7 @@ def _quantized(values: Tensor) -> list[Array]:
     numbers = values.float()
     channels = _outliers(numbers)
     kept = numbers.index_select(1, channels).bfloat16()
-    rest = numbers.index_fill(1, channels, 0.0)
+    rest = (numbers.clone() if numbers is values else numbers).index_fill_(1, channels, 0.0)
     scales = _peaks(rest, 1).div_(127).clamp_(_SCALE_LEAST, _SCALE_MOST)
     codes = rest.div_(scales[:, None]).round_().to(torch.int8)
     return [channels.numpy().astype(np.uint32), _bits(kept), scales.numpy(), codes.numpy()]
@@ -243,8 +243,9 @@ def _dequantized(planes: Sequence[Array], dtype: torch.dtype, tokens: int, hidde
         raise WireError("Packed.blobs[0]: a channel that does not exist")
     if not (scales.min(initial=_SCALE_LEAST) >= _SCALE_LEAST and scales.max(initial=_SCALE_LEAST) <= _SCALE_MOST):
         raise WireError("Packed.blobs[2]: a scale out of bounds")
-    numbers = torch.from_numpy(codes.reshape(tokens, hidden_size) * scales[:, None])
+    # PyTorch converts and multiplies in half of NumPy's time; it wants arrays that it might write to.
+    steps = torch.from_numpy(scales.copy()).unsqueeze(1)
+    numbers = torch.from_numpy(codes.copy()).view(tokens, hidden_size).float().mul_(steps)
     most = torch.finfo(dtype).max  # rounding to bfloat16 may have gone beyond it
     outliers = _tensor(kept.copy(), torch.bfloat16, tokens, len(channels)).float().clamp_(-most, most)
-    numbers[:, torch.from_numpy(channels.astype(np.int64))] = outliers
-    return numbers.to(dtype)
+    return numbers.index_copy_(1, torch.from_numpy(channels.astype(np.int64)), outliers).to(dtype)
