@@ -147,8 +147,7 @@ def _by_kernel(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tenso
     kv_heads, group, count, _ = query.shape
     end = keys.shape[1]
     if count == 1:  # heads that share keys are to the kernel so many queries: nothing is repeated
-        folded = query.transpose(1, 2)
-        return scaled_dot_product_attention(folded, keys[:, None], values[:, None], scale=rule.scaling)
+        return scaled_dot_product_attention(query.squeeze(2)[None], keys[None], values[None], scale=rule.scaling)
     keys = keys[:, None].expand(kv_heads, group, end, keys.shape[2])
     values = values[:, None].expand(kv_heads, group, end, values.shape[2])
     if count == end and (rule.window is None or end <= rule.window):
