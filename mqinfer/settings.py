@@ -101,7 +101,7 @@ class CoordinatorSettings(Settings):
     #: Requests computed at the same time at most.
     rows: int = Field(128, ge=1, le=65_535)
     #: Rows that travel in one microbatch at most.
-    microbatch_rows: int = Field(16, ge=1, le=1024)
+    microbatch_rows: int = Field(64, ge=1, le=1024)
     #: New positions of one step at most: how long a prefill makes others wait.
     step_tokens: int = Field(256, ge=1)
     #: Trips after which nobody joins a microbatch any more, so that routes are drawn anew.
