@@ -82,6 +82,7 @@ def _contender(mine: Mqinfer, layout: Layout, work: Workload, joining: Row, note
         seen: list[Rates] = []
         with mine.shared(layout).held() as running:
             alone_s: float = running.run(work.jobs)["seconds"]
+            prompt_s: float = running.run([[joining]])["seconds"]
 
             def run() -> float:
                 seen.append(_rates(running, layout, work, joining, JOINS_AFTER * alone_s))
@@ -90,9 +91,12 @@ def _contender(mine: Mqinfer, layout: Layout, work: Workload, joining: Row, note
             yield run
         if seen:
             last = seen[-1]
+            kept, speed = last.beside_prefill / last.alone, prompt_s / last.prefill_s
             notes.append(
                 f"{layout.name}, last round: {last.alone:.0f} tokens/s without the prompt, {last.beside_prefill:.0f} "
-                f"beside it; its first token came after {last.prefill_s:.1f} s"
+                f"beside it; its first token came after {last.prefill_s:.1f} s, where it has the pipeline to itself "
+                f"after {prompt_s:.1f} s. The prompt kept {speed:.0%} of its speed: {kept + speed:.0%} in all, where "
+                "taking turns would make 100%"
             )
 
     return Contender(layout.name, ready)
