@@ -48,6 +48,11 @@ def share(limits: Limits, target: int) -> int:
     return max(1, min(limits.microbatch_rows, -(-limits.rows // target)))
 
 
+def fair(rows: int, limits: Limits, target: int) -> int:
+    """Rows that a microbatch may be joined up to, so that all `rows` there are spread evenly over `target` of them."""
+    return max(1, min(share(limits, target), -(-rows // target)))
+
+
 def sizes(waiting: int, live: int, limits: Limits, target: int) -> list[int]:
     """Sizes of the microbatches to form now from `waiting` rows beside `live` ones; the rest joins live ones."""
     slots = target - live

@@ -271,7 +271,7 @@ class Scheduler:
     def _join(self, microbatch: Microbatch) -> None:
         if not self._is_open(microbatch):
             return
-        room = batching.share(self._limits, self.target()) - len(microbatch.rows)
+        room = batching.fair(len(self.rows), self._limits, self.target()) - len(microbatch.rows)
         joining = [row for row in self.waiting if row.ready and not (row.fresh or row.alone)][: max(room, 0)]
         for row in joining:
             self.waiting.remove(row)

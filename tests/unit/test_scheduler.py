@@ -367,6 +367,16 @@ def test_a_row_waits_until_what_it_is_blamed_for_is_kept() -> None:
     assert isinstance(send, Send)
 
 
+def test_rows_that_come_one_after_the_other_are_spread_evenly() -> None:
+    """The first microbatch to come home must not take all that wait, or the other's trips are all but empty."""
+    ring = Ring()
+    for index in range(6):
+        ring.add(request(f"r{index}", max_tokens=20))
+    for _ in range(4):
+        ring.turn()
+    assert sorted(len(microbatch.rows) for microbatch in ring.scheduler.microbatches.values()) == [3, 3]
+
+
 def test_a_row_never_reserves_more_than_the_context() -> None:
     ring = Ring()
     ring.add(request("r", max_tokens=2**63 - 1))
