@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks import report
-from benchmarks.measure import Case, Outcome, run
+from benchmarks.measure import ROUNDS, SMALL, Case, Outcome, run
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 
@@ -41,7 +41,7 @@ the rounds are printed with all of them. The machine should be idle otherwise; n
   scripts/bench --json FILE         all rounds, for machines
 
 Petals runs where MQINFER_PETALS names the python of an environment that has it: see docs/performance.md.
-Exit code: 0 every goal that could be measured was met, 1 some were not, 130 stopped by Ctrl-C."""
+Exit code: 0 every goal that could be measured was met, 1 some were not (or it broke), 130 stopped by Ctrl-C."""
 
 
 def main() -> int:
@@ -61,6 +61,10 @@ def main() -> int:
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # whatever was started is ended then
         signal.signal(number, signal.default_int_handler)
+    if options.rounds is not None and options.rounds < 1:
+        parser.error("--rounds: at least 1")
+    if options.write and (SMALL or (options.rounds or ROUNDS) < ROUNDS):
+        parser.error(f"--write: only what was measured in {ROUNDS} rounds or more belongs into the document")
     command = " ".join(["scripts/bench", *sys.argv[1:]])
     outcomes: list[Outcome] = []
     for name in options.case or CASES:
@@ -71,8 +75,8 @@ def main() -> int:
             print(report.markdown(outcome, command), flush=True)
             if options.write:
                 report.put(DOCUMENT, outcome, command)
-    if options.json:
-        report.dump(options.json, outcomes, command)
+            if options.json:
+                report.dump(options.json, outcomes, command)
     met = [outcome.reached(goal) for outcome in outcomes for goal in outcome.case.goals]
     return int(any(reached is not None and not reached[1] for reached in met))
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import statistics
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from benchmarks import ours, workload
-from benchmarks.measure import Case, Contender, Goal, Unavailable
+from benchmarks.measure import Case, Contender, Goal
 from benchmarks.ours import Layout, Mqinfer
 from benchmarks.rival_hf import Transformers, waste
+from benchmarks.rival_petals import contender as petals
 from benchmarks.workload import Agreement, Workload
 
 PETALS = "Petals"
+PETALS_APART = "Petals, 2 sessions of 16 rows"
+PETALS_HALVES = "Petals, 2 sessions of half the rows"
 STATIC_16, STATIC_32 = (f"transformers, batches of {size}" for size in (16, 32))
 TOGETHER = "transformers, one batch of 8 rows"
-CONTINUOUS = "transformers, continuous batching"
+CONTINUOUS = "transformers, continuous batching of {} rows"
 ONE = "transformers, generate"
 FORWARD = "transformers, forward of 16 × 128"
 
@@ -42,21 +42,6 @@ def cases(name: str) -> list[Case]:
             return [_prefill()]
 
 
-def petals(work: Workload, agreement: Agreement) -> Contender:
-    """Petals, where MQINFER_PETALS names the python of an environment that has it."""
-
-    @contextmanager
-    def ready() -> Iterator[Callable[[], float]]:
-        if not os.environ.get("MQINFER_PETALS"):
-            raise Unavailable("MQINFER_PETALS is not set")
-        from benchmarks.rival_petals import contender
-
-        with contender(work, PETALS, agreement=agreement).ready() as run:
-            yield run
-
-    return Contender(PETALS, ready)
-
-
 def _mixed(dtype: str) -> Case:
     work = workload.mixed(dtype)
     notes = [waste(work, size) for size in (16, 32)]
@@ -74,7 +59,9 @@ def _mixed(dtype: str) -> Case:
         Goal(OURS.name, STATIC_16, 2.5),
         Goal(OURS.name, STATIC_32, 2.5),
         Goal(OURS.name, ours.ONE_PROCESS.name, 0.9),
+        Goal(OURS.name, ours.ONE_PROCESS_2_STAGES.name, 0.9),
         Goal(OURS.name, PETALS, 4),
+        Goal(OURS.name, PETALS_APART, 4),
     ]
     return Case(
         f"generate {dtype}",
@@ -83,8 +70,9 @@ def _mixed(dtype: str) -> Case:
         [
             theirs.static(STATIC_16, 16),
             theirs.static(STATIC_32, 32),
-            theirs.continuous(CONTINUOUS, 16),
-            petals(work, agreement),
+            *(theirs.continuous(CONTINUOUS.format(rows), rows) for rows in (16, 64)),
+            petals(work, agreement, batch=32, sessions=2),
+            petals(work, agreement, PETALS_APART, batch=16, sessions=2),
             *_ours(layouts, work, agreement),
         ],
         goals if dtype == "float32" else (),
@@ -105,10 +93,11 @@ def _equal(rows: int) -> Case:
         UNIT,
         [
             Transformers(work, agreement).static(rival, rows),
-            petals(work, agreement),
+            petals(work, agreement, batch=rows, sessions=1),
+            petals(work, agreement, PETALS_HALVES, batch=rows // 2, sessions=2),
             *_ours(layouts, work, agreement),
         ],
-        [Goal(OURS.name, rival, 1.3), Goal(OURS.name, PETALS, 2.5)],
+        [Goal(OURS.name, rival, 1.3), Goal(OURS.name, PETALS, 2.5), Goal(OURS.name, PETALS_HALVES, 2.5)],
         warmups=0,
         notes=notes,
     )
@@ -121,7 +110,7 @@ def _one() -> Case:
     layouts = (ours.ONE_PROCESS, ours.ONE_WORKER_2_THREADS, ours.TWO_STAGES, ours.TWO_STAGES_2_THREADS)
     contenders = [
         Transformers(work, agreement).static(ONE, 1),
-        petals(work, agreement),
+        petals(work, agreement, batch=1, sessions=1),
         *_ours(layouts, work, agreement),
     ]
     best = ours.TWO_STAGES_2_THREADS.name
@@ -129,7 +118,7 @@ def _one() -> Case:
         "one",
         f"{_lengths(work)}, greedy, length forced, float32.",
         UNIT,
-        [_with_latency(contender, notes) for contender in contenders],
+        contenders,
         [Goal(best, ONE, 0.85), Goal(best, PETALS, 1.25)],
         notes=notes,
     )
@@ -147,7 +136,7 @@ def _users() -> Case:
         UNIT,
         [
             Transformers(work.as_one_job, agreement).static(TOGETHER, 8),
-            petals(work, agreement),
+            petals(work, agreement, batch=1, sessions=8),
             mine.contender(OURS, work.as_one_job, together),
             mine.contender(OURS, work, apart),
         ],
@@ -168,7 +157,7 @@ def _prefill() -> Case:
         UNIT,
         [
             Transformers(work, agreement).scored(FORWARD, 16),
-            petals(work, agreement),
+            petals(work, agreement, batch=16, sessions=2),
             *_ours(layouts, work, agreement),
         ],
         [Goal(OURS.name, FORWARD, 1.0), Goal(OURS.name, PETALS, 1.4)],
@@ -179,26 +168,6 @@ def _prefill() -> Case:
 def _ours(layouts: Sequence[Layout], work: Workload, agreement: Agreement) -> list[Contender]:
     mine = Mqinfer(work.dtype, agreement)
     return [mine.contender(layout, work) for layout in layouts]
-
-
-def _with_latency(contender: Contender, notes: list[str]) -> Contender:
-    """The same; in the end its time for one token becomes a line of the report."""
-
-    @contextmanager
-    def ready() -> Iterator[Callable[[], float]]:
-        rates: list[float] = []
-
-        def run_noted() -> float:
-            rates.append(run())
-            return rates[-1]
-
-        with contender.ready() as run:
-            yield run_noted
-        if rates:
-            middle = statistics.median(rates)
-            notes.append(f"{contender.name}: {1000 / middle:.1f} ms a token, prefill included")
-
-    return Contender(contender.name, ready)
 
 
 def _lengths(work: Workload) -> str:

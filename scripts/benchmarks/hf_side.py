@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 
 from benchmarks.side import Channel
 
-#: Positions of a page of continuous batching, and new positions of one of its steps at most: as mqinfer's own.
+#: Positions of a page of continuous batching, and new positions of one of its steps at most.
 PAGE_TOKENS = 32
-STEP_TOKENS = 256
+STEP_TOKENS = 1024
 #: An answer of continuous batching must come within this after the one before.
 PATIENCE_S = 600.0
 

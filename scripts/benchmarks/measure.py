@@ -139,8 +139,15 @@ def run(case: Case) -> Outcome:
                 absent[contender.name] = " ".join(str(why).split())  # a cell of a table
                 say(f"{case.name}: {contender.name} does not run: {why}")
         for round_ in range(-case.warmups, case.rounds):
-            for name, runner in runners.items():
-                value = runner()
+            turn = list(runners.items())
+            for name, runner in turn if round_ % 2 else reversed(turn):  # nobody is always the last
+                try:
+                    value = runner()
+                except Unavailable as why:
+                    absent[name] = " ".join(str(why).split())
+                    values[name].clear()
+                    del runners[name]
+                    continue
                 counted = "" if round_ >= 0 else " (warm-up)"
                 say(f"{case.name}: {name}: {value:,.4g} {case.unit}{counted}")
                 if round_ >= 0:

@@ -21,11 +21,11 @@ from demo_model import FOLDER
 from local_fleet import MQINFER, Fleet, end, process
 
 from benchmarks import workload
-from benchmarks.measure import Case, Contender, Limit
+from benchmarks.measure import SMALL, Case, Contender, Limit
 from benchmarks.ours import Layout, as_lines, make_plan, pipeline, serving
 from benchmarks.rabbit import Rabbit
 from benchmarks.side import side
-from benchmarks.workload import SMALL, Row, WrongWork, check
+from benchmarks.workload import Row, WrongWork, check
 
 MIB = 2**20
 #: What a worker may keep of keys and values.

@@ -106,8 +106,10 @@ def put(document: Path, outcome: Outcome, command: str) -> None:
     text = document.read_text() if document.exists() else ""
     before, found, rest = text.partition(begin)
     if found:
-        _, _, after = rest.partition(f"{end}\n")
-        document.write_text(before + block + after)
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"{document}: {begin} has no {end}")
+        document.write_text(before + block + after.removeprefix("\n"))
     else:
         document.write_text(f"{text.rstrip()}\n\n{block}" if text else block)
 

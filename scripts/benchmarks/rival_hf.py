@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measure import Contender
 from benchmarks.shared import Shared
 from benchmarks.side import Side, side
-from benchmarks.workload import Agreement, Row, Workload, check
+from benchmarks.workload import WARM_ROWS, WARM_TOKENS, Agreement, Row, Workload, check
 
 #: Positions of a prefill that cost about as much as one more step of a batch: so many, and so many for each row
 #: (on 2 cores 75 ms a step at 1 row, 180 at 16, 255 at 32; some 600 positions/s).
@@ -65,7 +65,7 @@ class Transformers:
         @contextmanager
         def ready() -> Iterator[Callable[[], float]]:
             with self._process.held() as process:
-                process.ask(op=op, **question(self._work.beginning(2, 2).rows))
+                process.ask(op=op, **question(self._work.beginning(WARM_ROWS, WARM_TOKENS).rows))
                 yield lambda: run(process)
 
         return Contender(name, ready)

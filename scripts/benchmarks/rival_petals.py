@@ -25,20 +25,14 @@ from local_fleet import LOG_TAIL, spawn
 from benchmarks.measure import Contender, Unavailable
 from benchmarks.shared import Shared
 from benchmarks.side import Side, SideFailed
-from benchmarks.workload import Agreement, Row, Workload, check
+from benchmarks.workload import WARM_ROWS, WARM_TOKENS, Agreement, Row, Workload, check
 
 VARIABLE = "MQINFER_PETALS"
 #: Converted checkpoints, and what else Petals keeps.
 CACHE = HOME / "petals"
 
-#: Rows in one session where the caller does not say: all rows of the benchmark in two sessions of 32.
-BATCH = 32
-#: Sessions under way at the same time: with one, only one of the two servers ever has work.
-SESSIONS = 2
-
-#: One thread each; nothing fetched, nothing of this environment found there.
+#: Nothing fetched, nothing of this environment found there.
 ENVIRONMENT: Mapping[str, str] = {
-    "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "HIVEMIND_LOGLEVEL": "WARNING",
@@ -49,46 +43,48 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-def contender(
-    work: Workload,
-    name: str = "Petals",
-    *,
-    batch: int = BATCH,
-    sessions: int = SESSIONS,
-    agreement: Agreement | None = None,
-) -> Contender:
-    """Does `work` as best it can.
+def contender(work: Workload, agreement: Agreement, name: str = "Petals", *, batch: int, sessions: int) -> Contender:
+    """Does `work` in sessions of up to `batch` rows, the longest first, `sessions` of them at once.
 
-    One job: in sessions of up to `batch` rows, `sessions` of them at once. Several jobs: each in a session of its own,
-    all at once, as users who know nothing of each other have them; of one row each. Prompts that are scored: plain
-    forwards, which Petals cuts and sends at once by itself.
+    With one session only one of the two servers ever has work: it then has all cores, otherwise one thread. Several
+    jobs: each of its one row in a session of its own, all at once, as users who know nothing of each other have them.
+    Prompts that are scored: plain forwards, which Petals cuts and sends at once by itself.
     """
     rows = work.rows
     alone = len(work.jobs) > 1
     if alone and any(len(job) != 1 for job in work.jobs):
         raise ValueError("users of Petals have one row each")
     size, at_once = (1, len(rows)) if alone else (min(batch, len(rows)), sessions)
-    order = sorted(range(len(rows)), key=lambda index: (rows[index].output_tokens, len(rows[index].prompt)))
+    threads = len(os.sched_getaffinity(0)) if at_once == 1 else 1
+    lengths = [(row.output_tokens, len(row.prompt)) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
     question = partial(_question, scored=work.counted == "prompt", batch=size, sessions=at_once)
 
     def run(petals: Side) -> float:
-        answer = petals.ask(**question([rows[index] for index in order]))
+        answer = _asked(petals, question([rows[index] for index in order]))
         outputs: list[list[int]] = [[] for _ in rows]
         for index, output in zip(order, answer["outputs"], strict=True):
             outputs[index] = output
         check(work, outputs, name)
-        if agreement is not None:
-            agreement.see(name, outputs)
+        agreement.see(name, outputs)
         seconds: float = answer["seconds"]
         return work.tokens / seconds
 
     @contextmanager
     def ready() -> Iterator[Callable[[], float]]:
-        with _swarm(work.dtype).held() as petals:
-            petals.ask(**question(work.beginning(2, 2).rows))
+        with _swarm(work.dtype, threads).held() as petals:
+            _asked(petals, question(work.beginning(WARM_ROWS, WARM_TOKENS).rows))
             yield lambda: run(petals)
 
     return Contender(name, ready)
+
+
+def _asked(petals: Side, question: dict[str, Any]) -> dict[str, Any]:
+    """The answer. Raises: Unavailable: a rival that breaks is left out."""
+    try:
+        return petals.ask(**question)
+    except SideFailed as error:
+        raise Unavailable(str(error)) from error
 
 
 def _question(rows: Sequence[Row], *, scored: bool, batch: int, sessions: int) -> dict[str, Any]:
@@ -105,13 +101,13 @@ def _question(rows: Sequence[Row], *, scored: bool, batch: int, sessions: int) -
 
 
 @cache
-def _swarm(dtype: str) -> Shared[Side]:
-    """One for all contenders of a case that compute in this dtype."""
-    return Shared(lambda: _started(dtype))
+def _swarm(dtype: str, threads: int) -> Shared[Side]:
+    """One for all contenders of a case that compute in this dtype, with so many threads in each server."""
+    return Shared(lambda: _started(dtype, threads))
 
 
 @contextmanager
-def _started(dtype: str) -> Iterator[Side]:
+def _started(dtype: str, threads: int) -> Iterator[Side]:
     """Raises: Unavailable."""
     command = [python(), str(Path(__file__).with_name("petals_side.py")), "client", str(converted(FOLDER)), dtype]
     with tempfile.TemporaryDirectory(prefix="mqinfer-petals-") as folder:
@@ -122,14 +118,11 @@ def _started(dtype: str) -> Iterator[Side]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                environment={"TMPDIR": folder, **ENVIRONMENT},
+                environment={"TMPDIR": folder, "OMP_NUM_THREADS": str(threads), **ENVIRONMENT},
             )
         try:
             petals = Side("petals_side", running, log, lambda: _check(running, log))
-            try:
-                petals.ask(op="start")
-            except SideFailed as error:
-                raise Unavailable(str(error)) from error
+            _asked(petals, {"op": "start"})
             yield petals
         finally:
             _kill(running)

@@ -5,7 +5,6 @@ Deterministic, but for edits of those documents. How the work is done is each co
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,12 @@ from typing import Any, Literal
 from demo_model import FOLDER
 from local_fleet import ROOT
 
-#: A few prompts and tokens, to see that everything runs; the figures mean nothing then.
-SMALL = bool(os.environ.get("MQINFER_BENCH_SMALL"))
+from benchmarks.measure import SMALL
+
+#: Rows and tokens of the job that warms a contender up: enough that every worker has computed.
+WARM_ROWS, WARM_TOKENS = 16, 8
+#: Of our own rows so many at least must have the first contender's tokens; at the last bit two tokens may be as likely.
+AGREEING = 0.9
 
 _DOCUMENTS = ("README.md", "docs/architecture.md", "docs/protocol.md", "docs/wire.md", "docs/operations.md")
 _SEED = 4
@@ -84,17 +87,20 @@ class Agreement:
         self._first: tuple[str, list[list[int]]] | None = None
         self._seen: set[str] = set()
 
-    def see(self, who: str, outputs: Sequence[Sequence[int]]) -> None:
-        """Called after every run; the first one of each contender counts."""
-        if not self._wanted or who in self._seen:
+    def see(self, who: str, outputs: Sequence[Sequence[int]], *, ours: bool = False) -> None:
+        """Called after every run; noted of the first one of each contender. Raises: WrongWork of `ours`."""
+        if not self._wanted:
             return
-        self._seen.add(who)
         mine = [list(output) for output in outputs]
         if self._first is None:
             self._first = who, mine
-            return
         named, theirs = self._first
         same = sum(a == b for a, b in zip(theirs, mine, strict=True))
+        if ours and same < AGREEING * len(mine):
+            raise WrongWork(f"{who}: the tokens of only {same} of {len(mine)} rows are those of {named}")
+        if who == named or who in self._seen:
+            return
+        self._seen.add(who)
         self._notes.append(f"{who}: the tokens of {same} of {len(mine)} rows are those of {named}")
 
 
