@@ -31,8 +31,8 @@ class Pending:
     known: int
 
 
-def microbatch_target(consumers: Sequence[int]) -> int:
-    """How many microbatches keep every worker busy with as large forwards as can be.
+def microbatch_target(consumers: Sequence[int], rows: int, limits: Limits) -> int:
+    """How many microbatches keep every worker busy with as large forwards as can be, and hold all `rows`.
 
     In a chain of single workers that is one in each one's hands: a forward costs much the same for a few rows more, so
     that another microbatch on the way costs more than waiting for a message now and then. Where workers share a stage,
@@ -40,7 +40,8 @@ def microbatch_target(consumers: Sequence[int]) -> int:
     known yet.
     """
     workers = sum(max(count, 1) for count in consumers)
-    return workers if workers == len(consumers) else workers + (workers + 1) // 2
+    wanted = workers if workers == len(consumers) else workers + (workers + 1) // 2
+    return max(wanted, -(-min(rows, limits.rows) // limits.microbatch_rows))
 
 
 def share(limits: Limits, target: int) -> int:

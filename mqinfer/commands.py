@@ -155,14 +155,18 @@ def _check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: Worke
     from mqinfer.kv_cache import ROUND_TOKENS
 
     device.check(settings.device)
-    costs = [checkpoint.stage_table(plan, checkpoint.facts(str(folder)))[stage] for stage in stages]
+    facts = checkpoint.facts(str(folder))
+    costs = [checkpoint.stage_table(plan, facts)[stage] for stage in stages]
     row_bytes = sum(cost.kv_bytes_per_token for cost in costs) * ROUND_TOKENS
     if settings.kv_bytes < row_bytes:
         raise SettingsError(
             f"--kv-bytes {size(settings.kv_bytes)} does not hold one row: already the keys and values of "
             f"{ROUND_TOKENS} positions take {size(row_bytes)}"
         )
-    device.check_room(settings.device, sum(cost.weight_bytes for cost in costs), settings.kv_bytes)
+    weight_bytes = sum(cost.weight_bytes for cost in costs)
+    if settings.device == "cpu" and len(plan.stages) - 1 in stages:
+        weight_bytes += facts.anatomy.head * plan.itemsize  # it is here twice while it is laid out (packed_linear)
+    device.check_room(settings.device, weight_bytes, settings.kv_bytes)
 
 
 async def batch_over_broker(

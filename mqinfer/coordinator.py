@@ -287,8 +287,10 @@ class CoordinatorSession:
                 try:
                     await self._transport.publish(queue, probe)
                 except Unroutable:
-                    emit(WORKER_GONE, queue=queue)
-                    self._perform(self._scheduler.gone(queue, self._clock_s()))
+                    decisions = self._scheduler.gone(queue, self._clock_s())
+                    if decisions:  # or it is looked again until what a suspect's worker does is known
+                        emit(WORKER_GONE, queue=queue)
+                    self._perform(decisions)
             for stage in range(len(self._plan.stages)):
                 state = await self._transport.inspect(self._topology.stage(stage).name)
                 self._scheduler.consumers[stage] = state.consumers if state else 0
@@ -318,9 +320,7 @@ class CoordinatorSession:
     async def _renew(self, held: Held) -> None:
         row = held.row
         kept = await self._leases.renew(
-            held.lease,
-            lambda: row.checkpoint() if row.number in self._scheduler.rows else None,
-            now_s(),
+            held.lease, lambda: row.outgoing() if row.number in self._scheduler.rows else None, now_s()
         )
         if kept is not None:
             held.kept_tokens, row.kept_failures = len(kept.output), kept.failures

@@ -21,6 +21,9 @@ SLACK = 0.5
 PATIENT_ROWS = 8
 #: However slow it is, a prefill goes on.
 LEAST_TOKENS = 16
+#: Sizes that were not seen for so many forwards are forgotten, so that one that stalled does not count for ever; a step
+#: is full then, and shows anew what it takes.
+STALE_NOTES = 1000
 #: No forward that helps here takes longer; a worker may say what it likes.
 MOST_S = 3600.0
 
@@ -29,20 +32,24 @@ MOST_S = 3600.0
 class Pace:
     """A line through what the slowest stage's forwards took: seconds = fixed_s + token_s x positions."""
 
-    #: Mean positions and seconds of forwards that were about as large, by the power of two: so that a thousand alike
+    #: Mean positions and seconds of forwards that were about as large, by the power of two: so that hundreds alike
     #: don't drive out what a few others have shown.
     _means: dict[int, tuple[float, float]] = field(default_factory=dict)
+    #: By the same: the number of the note that saw one last.
+    _seen: dict[int, int] = field(default_factory=dict)
+    _notes: int = 0
 
     def note(self, tokens: int, seconds: float) -> None:
         """A forward over so many positions took so long."""
-        if seconds <= 0:
+        if seconds <= 0 or tokens < 1:
             return
-        seconds = min(seconds, MOST_S)
-        mean_tokens, mean_s = self._means.get(tokens.bit_length(), (tokens, seconds))
-        self._means[tokens.bit_length()] = (
-            mean_tokens + FRESH * (tokens - mean_tokens),
-            mean_s + FRESH * (seconds - mean_s),
-        )
+        self._notes += 1
+        size, seconds = tokens.bit_length(), min(seconds, MOST_S)
+        mean_tokens, mean_s = self._means.get(size, (tokens, seconds))
+        self._means[size] = (mean_tokens + FRESH * (tokens - mean_tokens), mean_s + FRESH * (seconds - mean_s))
+        self._seen[size] = self._notes
+        for stale in [size for size, at in self._seen.items() if at < self._notes - STALE_NOTES]:
+            del self._seen[stale], self._means[stale]
 
     def step_tokens(self, pending: Sequence[Pending], most: int) -> int:
         """New positions that the next step of these rows may have, `most` at most."""

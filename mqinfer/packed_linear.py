@@ -25,9 +25,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight_bytes = weight.nbytes
+        self.weight_bytes, self._dtype = weight.nbytes, weight.dtype
         self.bias = linear.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    @property
+    def weight(self) -> Tensor:
+        """[out_features, in_features] without numbers: some families ask for its dtype."""
+        return torch.empty(self.out_features, self.in_features, dtype=self._dtype, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as nn.Linear names it
         """[..., in_features] -> [..., out_features]."""

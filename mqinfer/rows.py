@@ -48,6 +48,11 @@ class LiveRow:
         """The request with the tokens that it has so far."""
         return replace(self.request, output=tuple(self.output), logprobs=tuple(self.logprobs), failures=self.failures)
 
+    def outgoing(self) -> Request:
+        """A checkpoint that is about to be kept; from now on the broker may have forgotten any blame that it lacks."""
+        self.kept_failures = min(self.kept_failures, self.failures)
+        return self.checkpoint()
+
 
 @dataclass(slots=True, kw_only=True)
 class Microbatch:
@@ -75,9 +80,10 @@ class Microbatch:
         """Queues of the workers that may hold its rows."""
         return self.route or tuple(self.takers)
 
-    def computed_by_another(self, worker: str) -> bool:
-        """Whether it is a suspect that another worker computes just now: what becomes of that must be heard."""
-        return self.alone and bool(self.takers) and worker not in self.takers
+    def is_hit_by(self, worker: str) -> bool:
+        """Whether the loss of that worker ends its trip. What becomes of a suspect that another computes is heard."""
+        elsewhere = self.alone and bool(self.takers) and worker not in self.takers
+        return worker in self.workers and not elsewhere
 
     def held_at(self, worker: str) -> int:
         """At which stage this worker has the step in its hands, about; -1 where that is not known."""

@@ -59,7 +59,8 @@ class Scheduler:
     def target(self) -> int:
         """How many microbatches there should be."""
         served = [{m.route[k] for m in self.microbatches.values() if k < len(m.route)} for k in self._stages]
-        return batching.microbatch_target([max(c, len(s)) for c, s in zip(self.consumers, served, strict=True)])
+        workers = [max(c, len(s)) for c, s in zip(self.consumers, served, strict=True)]
+        return batching.microbatch_target(workers, len(self.rows), self._limits)
 
     @property
     def _stages(self) -> range:
@@ -110,7 +111,7 @@ class Scheduler:
         microbatch.sent_at_s = now_s
         if step.passed:
             microbatch.takers = [worker for worker in microbatch.takers if worker != step.worker]
-        elif microbatch.alone or not microbatch.route:
+        elif not microbatch.route or (microbatch.alone and step.worker in microbatch.route):
             microbatch.takers.append(step.worker)
 
     def done(self, end: StepDone, now_s: float) -> list[Decision]:
@@ -144,8 +145,7 @@ class Scheduler:
         there the broker's redelivery would show the same, once a peer takes it.
         """
         decisions: list[Decision] = []
-        held = [m for m in self.microbatches.values() if queue in m.workers and not m.computed_by_another(queue)]
-        for microbatch in held:
+        for microbatch in [m for m in self.microbatches.values() if m.is_hit_by(queue)]:
             held_at = microbatch.held_at(queue)
             decisions += self._abandon(microbatch, MissReason.LOST, "the worker is gone", without=queue, stage=held_at)
         return decisions + self.form(now_s)

@@ -86,8 +86,8 @@ class Network:
 
     def enter(self, queue: str, message: Message) -> bool:
         """Route a message as the broker does; False where the queue does not exist."""
-        attended = any(found.spec.name == queue and found.consumers for found in self.broker.queues())
-        self.watch(queue, message.body, attended)
+        unattended = any(found.spec.name == queue and not found.consumers for found in self.broker.queues())
+        self.watch(queue, message.body, not unattended)
         return self.broker.route(queue, message)
 
     def enter_again(self, queue: str, message: Message) -> None:

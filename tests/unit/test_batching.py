@@ -42,6 +42,10 @@ def test_waiting_rows_are_spread_over_the_microbatches_there_should_be() -> None
 
 
 def test_every_worker_more_raises_the_number_of_microbatches() -> None:
-    targets = [microbatch_target([1, 1, extra]) for extra in range(1, 8)]
+    targets = [microbatch_target([1, 1, extra], 8, LIMITS) for extra in range(1, 8)]
     assert targets == sorted(set(targets))
-    assert microbatch_target([0, 0, 0]) == microbatch_target([1, 1, 1])
+    assert microbatch_target([0, 0, 0], 8, LIMITS) == microbatch_target([1, 1, 1], 8, LIMITS)
+
+
+def test_a_single_worker_gets_one_microbatch_unless_the_rows_do_not_fit_into_it() -> None:
+    assert [microbatch_target([1], rows, LIMITS) for rows in (1, 8, 9, 64, 1000)] == [1, 1, 2, 8, 8]

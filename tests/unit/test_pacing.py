@@ -57,6 +57,19 @@ def test_decode_steps_for_a_long_time_do_not_make_it_forget_what_a_prefill_costs
     assert pace.step_tokens(DECODING + LONG, MOST) < 64
 
 
+def test_one_forward_that_stalled_does_not_slow_prefills_down_for_ever() -> None:
+    pace = Pace()
+    pace.note(600, 5.0)
+    for _ in range(10):
+        pace.note(16, 0.020)
+        pace.note(250, 0.021)
+    assert pace.step_tokens(DECODING + LONG, MOST) < MOST
+    for _ in range(600):
+        pace.note(16, 0.020)
+        pace.note(250, 0.021)
+    assert pace.step_tokens(DECODING + LONG, MOST) == MOST
+
+
 @example([(1, 1e-320), (2, 2e-320)], [5], 64)
 @example([(1, 0.1), (2, sys.float_info.max)], [5], 64)
 @given(

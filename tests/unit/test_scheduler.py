@@ -367,6 +367,16 @@ def test_a_row_waits_until_what_it_is_blamed_for_is_kept() -> None:
     assert isinstance(send, Send)
 
 
+def test_blame_that_is_just_being_forgotten_in_the_broker_does_not_stand_for_a_new_one() -> None:
+    ring = Ring()
+    ring.add(request("a", failures=1))
+    (row,) = ring.scheduler.rows.values()
+    row.failures = 0  # progress
+    assert row.outgoing().failures == 0
+    row.failures = 1
+    assert not row.ready
+
+
 def test_rows_that_come_one_after_the_other_are_spread_evenly() -> None:
     """The first microbatch to come home must not take all that wait, or the other's trips are all but empty."""
     ring = Ring()
