@@ -94,7 +94,7 @@ class CoordinatorSession:
         self._ids: set[str] = set()
         self._finishing: set[asyncio.Task[None]] = set()
         self._inbox: asyncio.Queue[tuple[Delivery, int]] = asyncio.Queue()
-        #: A row waits until it is kept what it is blamed for.
+        #: Set when a row waits for its blame to be kept.
         self._blamed = asyncio.Event()
         self._leases = LeaseQueue(transport, self._topology.leases(self.id))
         self._intake = Intake(
@@ -311,7 +311,7 @@ class CoordinatorSession:
             await self._intake.tune()
 
     def _due(self, held: Held, now_s: float) -> bool:
-        """Blame, and its end, is kept at once: a row that kills must not begin afresh with every coordinator."""
+        """Blame is kept at once, its end in the next round: a row must not begin afresh with every coordinator."""
         age_s = now_s - held.lease.renewed_at_s
         grown = len(held.row.output) > held.kept_tokens and age_s >= self._settings.checkpoint_s
         blamed = held.row.failures != held.row.kept_failures

@@ -67,6 +67,8 @@ class Microbatch:
     #: Workers that have taken the step under way on its first trip, all that is known of its route until it comes
     #: home; where the microbatch is `alone`, those that compute it just now.
     takers: list[str] = field(default_factory=list)
+    #: Where it is `alone`: workers that are through with the step under way, as far as they have said so.
+    passed: int = 0
     #: Number of the step under way.
     step: int = -1
     sent_at_s: float = 0.0
@@ -80,10 +82,26 @@ class Microbatch:
         """Queues of the workers that may hold its rows."""
         return self.route or tuple(self.takers)
 
+    def begin_step(self) -> None:
+        """The next step, which nobody has taken yet."""
+        self.step += 1
+        self.passed = 0
+        self.takers.clear()
+
+    def pass_on(self, worker: str) -> None:
+        """That worker is through with the step."""
+        self.passed += 1
+        self.takers = [taker for taker in self.takers if taker != worker]
+
     def is_hit_by(self, worker: str) -> bool:
-        """Whether the loss of that worker ends its trip. What becomes of a suspect that another computes is heard."""
-        elsewhere = self.alone and bool(self.takers) and worker not in self.takers
-        return worker in self.workers and not elsewhere
+        """Whether the loss of that worker ends its trip.
+
+        What becomes of a suspect must be heard: only the worker that has it ends its trip. That another is gone shows
+        when the step comes there, on this trip or the next.
+        """
+        if self.alone and self.route:
+            return worker in self.route[self.passed : self.passed + 1]
+        return worker in self.workers
 
     def held_at(self, worker: str) -> int:
         """At which stage this worker has the step in its hands, about; -1 where that is not known."""
@@ -120,7 +138,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The row goes back to waiting (told for logs and counts)."""
+    """The row goes back to waiting (for logs and counts; where it is not `ready`, its blame is to be kept now)."""
 
     row: LiveRow
     reason: MissReason

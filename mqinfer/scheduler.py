@@ -88,7 +88,7 @@ class Scheduler:
         return row, []
 
     def form(self, now_s: float) -> list[Decision]:
-        """Waiting rows become new microbatches as far as there should be more of them; suspects one at a time."""
+        """Waiting rows that are `ready` become new microbatches where there should be more; suspects one at a time."""
         decisions: list[Decision] = []
         suspect = next((row for row in self.waiting if row.alone and row.ready), None)
         if suspect is not None and not any(microbatch.alone for microbatch in self.microbatches.values()):
@@ -110,7 +110,7 @@ class Scheduler:
             return
         microbatch.sent_at_s = now_s
         if step.passed:
-            microbatch.takers = [worker for worker in microbatch.takers if worker != step.worker]
+            microbatch.pass_on(step.worker)
         elif not microbatch.route or (microbatch.alone and step.worker in microbatch.route):
             microbatch.takers.append(step.worker)
 
@@ -281,8 +281,7 @@ class Scheduler:
         return not (microbatch.alone or microbatch.closed or microbatch.step >= self._limits.open_trips)
 
     def _send(self, microbatch: Microbatch, now_s: float) -> Send:
-        microbatch.step += 1
-        microbatch.takers.clear()
+        microbatch.begin_step()
         microbatch.sent_at_s = now_s
         microbatch.timeout_s = self._step_timeout_s * self._patience
         microbatch.parts = self._parts(microbatch.rows)

@@ -95,7 +95,7 @@ def decide(reason: MissReason, failures: int) -> Verdict:
     if reason in BLAMED:
         if failures >= MAX_FAILURES:
             return Verdict.FAIL
-        return Verdict.REPLAY_ALONE if failures == MAX_FAILURES - 1 else Verdict.REPLAY_FRESH
+        return Verdict.REPLAY_ALONE if failures == MAX_FAILURES - 1 else Verdict.REPLAY
     return Verdict.REPLAY_FRESH if reason in (MissReason.ROOM, MissReason.GONE) else Verdict.REPLAY
 
 

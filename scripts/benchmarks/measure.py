@@ -140,7 +140,8 @@ def run(case: Case) -> Outcome:
                 say(f"{case.name}: {contender.name} does not run: {why}")
         for round_ in range(-case.warmups, case.rounds):
             turn = list(runners.items())
-            for name, runner in turn if round_ % 2 else reversed(turn):  # nobody is always the last
+            # Nobody is always the last; the first contender is the first of all, whose tokens the others must have.
+            for name, runner in reversed(turn) if (round_ + case.warmups) % 2 else turn:
                 try:
                     value = runner()
                 except Unavailable as why:

@@ -105,7 +105,7 @@ class Profile:
         def ready() -> Iterator[Callable[[], float]]:
             with self._held() as fleet:
                 seen = iter(range(sys.maxsize))
-                yield lambda: self._round(fleet, next(seen)).get(name, 0.0)
+                yield lambda: self._round(fleet, next(seen))[name]
 
         return ready
 

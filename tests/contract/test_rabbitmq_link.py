@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import aiormq.connection
 import pytest
 from aio_pika.exceptions import AMQPConnectionError
 from broker import Broker, give_up
@@ -197,6 +198,12 @@ async def test_a_link_on_which_nothing_is_heard_any_more_is_lost_by_its_heartbea
         await ended(link)
     with pytest.raises(Disconnected):
         await publishing
+
+
+async def test_silence_is_a_loss_soon_enough_for_the_promised_time() -> None:
+    """aiormq looks once in half a heartbeat, and adds that to what this says."""
+    connection = aiormq.connection.Connection("amqp://localhost?heartbeat=10")
+    assert vars(connection)["_Connection__heartbeat_grace_timeout"] + 10 / 2 <= 3 * (10 + 1)
 
 
 async def test_a_publish_that_is_not_confirmed_in_time_ends_the_link(links: Links, new_queue: NewQueue) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import pytest
 from fakes import continuation, make_plan
 from fleet import PATIENCE_S, Fleet, until
 
-from mqinfer import survey
+from mqinfer import coordinator, survey
 from mqinfer.errors import ComputeError, Refused
 from mqinfer.link import first
 from mqinfer.messages import FinishReason, MissReason, Request, Result, Row, Step
@@ -326,35 +327,64 @@ async def test_rows_that_a_leaving_worker_can_not_finish_go_on_elsewhere_without
 
 async def test_a_leaving_worker_says_of_a_redelivered_step_that_a_worker_died_with_it(fleet: Fleet, job: Job) -> None:
     """Put back it would look as new, and if it kills it would do so unseen."""
-    for stage in (1, 0):
-        fleet.worker(stage, seconds_per_forward=0.01, drain_s=0.2)
-    fleet.coordinator()
-    await job.ask(1, max_tokens=200)
-    await until(lambda: any(actor.engine is not None and actor.engine.cached_rows for actor in fleet.actors))
     topology, owner = Topology(fleet.plan.name), Topology(fleet.plan.name).coordinator(new_id("c"))
-    await job.transport.declare(owner)
     told: asyncio.Queue[Delivery] = asyncio.Queue()
+    for spec in (owner, topology.stage(0)):
+        await job.transport.declare(spec)
     await job.transport.consume(owner.name, prefetch=0, sink=told.put_nowait)
     row = Row(row=0, epoch=0, start=0, count=2, reserve=4)
     step = Step(plan=fleet.plan.digest, owner=owner.name, microbatch=0, number=0, stage=0, rows=(row,), tokens=(5, 6))
-
-    leaving = fleet.actors[1]
-    assert leaving.engine is not None
+    await job.transport.publish(topology.stage(0).name, encode(step))
     dying, hands = await open_transport(fleet.url), asyncio.Queue[Delivery]()
-    leaving.engine.seconds_per_forward = 0.2
     await dying.consume(topology.stage(0).name, prefetch=1, sink=hands.put_nowait)
-    while hands.empty():  # the stage's consumers take turns
-        await job.transport.publish(topology.stage(0).name, encode(step))
-        await asyncio.sleep(0.05)
+    await hands.get()
+
+    going, holding = threading.Event(), threading.Event()
+    going.set()
+
+    def before(_rows: Sequence[Row]) -> None:
+        if not going.is_set():
+            holding.set()
+        assert going.wait(PATIENCE_S)
+
+    leaving = fleet.worker(0, before=before, drain_s=0.2)
+    fleet.worker(1, seconds_per_forward=0.01)
+    fleet.coordinator()
+    await job.ask(1, max_tokens=200)
+    await until(lambda: leaving.engine is not None and leaving.engine.cached_rows > 0)
+    going.clear()
+    await until(holding.is_set)  # it computes, and reads nothing
     await dying.close()
     await asyncio.sleep(0.1)
     while (state := await job.transport.inspect(topology.stage(0).name)) and state.ready:
         await asyncio.sleep(0.02)
-    await leaving.stop()
-    reasons = [
-        miss.reason for _ in range(told.qsize()) for miss in getattr(decode(told.get_nowait().body), "misses", ())
-    ]
-    assert reasons == [MissReason.LOST]
+    stopping = asyncio.ensure_future(leaving.stop())
+    await asyncio.sleep(0)
+    going.set()
+    await stopping
+    (miss,) = decode((await asyncio.wait_for(told.get(), PATIENCE_S)).body).misses  # type: ignore[union-attr]
+    assert miss.reason is MissReason.LOST
+
+
+async def test_a_blamed_row_goes_on_as_soon_as_its_blame_is_kept(
+    fleet: Fleet, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the next round of any clock."""
+    monkeypatch.setattr(coordinator, "LEASE_ROUND_S", 3600.0)
+    breaks = iter([True])
+    worker = fleet.worker(0)
+    engine = worker.engine
+    assert engine is not None
+
+    def before(_rows: Sequence[Row]) -> None:
+        engine.broken = next(breaks, False)
+
+    engine.before = before
+    fleet.worker(1)
+    fleet.coordinator(probe_s=3600.0)
+    await job.ask(1)
+    await job.gather()
+    job.check()
 
 
 async def test_a_worker_whose_device_fails_at_everything_ends_and_healthy_ones_go_on(fleet: Fleet, job: Job) -> None:

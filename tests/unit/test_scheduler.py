@@ -282,7 +282,8 @@ def test_rows_that_were_only_near_a_poison_outlive_it() -> None:
             continue
         if any(row.row == poison and row.start > 0 for row in send.step.rows):
             deaths += 1
-            ring.scheduler.taken(taken(send.step, "w1"), 0.0)
+            for told in (taken(send.step, "w0"), taken(send.step, "w0", passed=True), taken(send.step, "w1")):
+                ring.scheduler.taken(told, 0.0)
             ring.take(ring.scheduler.gone("w1", 0.0))
         else:
             ring.take(ring.scheduler.done(ring.answer(send.step), 0.0))
@@ -341,6 +342,35 @@ def test_what_becomes_of_a_suspect_is_heard_although_another_worker_of_its_route
     assert not ring.replayed, "w0 computes it just now"
     ring.take(ring.scheduler.gone("w0", 0.0))
     assert ring.results["a"].reason is FinishReason.ERROR
+
+
+def test_a_suspect_that_its_worker_has_not_yet_begun_is_not_given_up_for_another() -> None:
+    """That worker may be computing others first; it would kill it all the same, and nobody would know."""
+    ring = Ring()
+    ring.add(request("a", range(20), failures=2))
+    ring.turn()
+    ring.take(ring.scheduler.gone("w1", 0.0))
+    assert not ring.replayed
+    ring.take(ring.scheduler.gone("w0", 0.0))
+    assert [replayed.row.failures for replayed in ring.replayed] == [2], "it had not begun: no blame"
+
+
+def test_rows_that_one_death_sent_back_do_not_wait_for_a_whole_microbatch_to_end() -> None:
+    """Until their blame is kept others take the place of theirs."""
+    ring = Ring()
+    ring.add(*(request(f"r{i}", max_tokens=60) for i in range(16)))
+    for _ in range(4):
+        ring.turn()
+    ring.add(*(request(f"late{i}", max_tokens=60 if i == 3 else 2) for i in range(4)))
+    blamed = list(ring.scheduler.microbatches[ring.sent[0].step.microbatch].rows)
+    decisions = ring.scheduler.done(missed(ring.sent.pop(0).step, MissReason.LOST), 0.0)
+    ring.sent += [decision for decision in decisions if isinstance(decision, Send)]
+    assert all(row in ring.scheduler.waiting for row in blamed)
+    for row in blamed:
+        row.kept_failures = row.failures
+    for _ in range(30):
+        ring.turn()
+    assert sum(row in ring.scheduler.waiting for row in blamed) == 1, "there was room for three"
 
 
 def test_a_suspect_is_replayed_once_it_is_passed_on_to_a_worker_that_is_gone() -> None:

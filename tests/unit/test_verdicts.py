@@ -19,7 +19,7 @@ from mqinfer.verdicts import (
     explain,
 )
 
-ONE_TO_THREE = (Verdict.REPLAY_FRESH, Verdict.REPLAY_ALONE, Verdict.FAIL)
+ONE_TO_THREE = (Verdict.REPLAY, Verdict.REPLAY_ALONE, Verdict.FAIL)
 TABLE = {
     MissReason.CACHE: (Verdict.REPLAY,) * 3,
     MissReason.ROOM: (Verdict.REPLAY_FRESH,) * 3,
