@@ -32,7 +32,12 @@ class Pending:
 
 
 def microbatch_target(consumers: Sequence[int], rows: int, limits: Limits) -> int:
-    """How many microbatches keep every worker busy with as large forwards as can be, and hold all `rows`.
+    """How many microbatches keep every worker busy, and hold all `rows`. `consumers` as in `busy_target`."""
+    return max(busy_target(consumers), -(-min(rows, limits.rows) // limits.microbatch_rows))
+
+
+def busy_target(consumers: Sequence[int]) -> int:
+    """How many microbatches keep every worker busy with as large forwards as can be.
 
     In a chain of single workers that is one in each one's hands: a forward costs much the same for a few rows more, so
     that another microbatch on the way costs more than waiting for a message now and then. Where workers share a stage,
@@ -40,8 +45,7 @@ def microbatch_target(consumers: Sequence[int], rows: int, limits: Limits) -> in
     known yet.
     """
     workers = sum(max(count, 1) for count in consumers)
-    wanted = workers if workers == len(consumers) else workers + (workers + 1) // 2
-    return max(wanted, -(-min(rows, limits.rows) // limits.microbatch_rows))
+    return workers if workers == len(consumers) else workers + (workers + 1) // 2
 
 
 def share(limits: Limits, target: int) -> int:

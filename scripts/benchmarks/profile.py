@@ -30,7 +30,7 @@ from benchmarks.ours import make_plan
 from benchmarks.rabbit import Rabbit
 from benchmarks.shared import Shared
 from benchmarks.workload import Workload
-from mqinfer.batching import microbatch_target
+from mqinfer.batching import busy_target
 
 STAGES = 2
 ROWS = 2 if SMALL else 32
@@ -161,7 +161,7 @@ class Profiled:
 @contextmanager
 def profiled(notes: Notes) -> Iterator[Profiled]:
     """Ready; a first job has warmed it up, looked at by py-spy. Raises: Unavailable, FleetBroken."""
-    microbatches = microbatch_target([1] * STAGES)
+    microbatches = busy_target([1] * STAGES)
     settings = {
         "MQINFER_THREADS": "1",
         "MQINFER_ROWS": str(ROWS * microbatches),

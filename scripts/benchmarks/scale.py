@@ -22,7 +22,7 @@ from benchmarks.ours import make_plan
 from benchmarks.rabbit import Rabbit, tree_cpu_s
 from benchmarks.side import Side
 from benchmarks.workload import WrongWork
-from mqinfer.batching import microbatch_target
+from mqinfer.batching import busy_target
 
 #: How long a stage sleeps over each step of a microbatch of so many rows.
 STEP_S = 0.02
@@ -54,7 +54,7 @@ class Shape:
     @property
     def rows(self) -> int:
         """In flight: a full microbatch for each that the coordinator makes."""
-        return ROWS * microbatch_target([self.consumers] * self.stages)
+        return ROWS * busy_target([self.consumers] * self.stages)
 
     @property
     def most_rows_s(self) -> float:
