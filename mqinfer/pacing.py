@@ -29,14 +29,21 @@ MOST_S = 3600.0
 
 
 @dataclass(slots=True)
+class _Mean:
+    """Of forwards that were about as large."""
+
+    tokens: float
+    seconds: float
+    #: The number of the note that saw one last.
+    seen: int = 0
+
+
+@dataclass(slots=True)
 class Pace:
     """A line through what the slowest stage's forwards took: seconds = fixed_s + token_s x positions."""
 
-    #: Mean positions and seconds of forwards that were about as large, by the power of two: so that hundreds alike
-    #: don't drive out what a few others have shown.
-    _means: dict[int, tuple[float, float]] = field(default_factory=dict)
-    #: By the same: the number of the note that saw one last.
-    _seen: dict[int, int] = field(default_factory=dict)
+    #: By the power of two of their positions: so that hundreds alike don't drive out what a few others have shown.
+    _means: dict[int, _Mean] = field(default_factory=dict)
     _notes: int = 0
 
     def note(self, tokens: int, seconds: float) -> None:
@@ -44,19 +51,19 @@ class Pace:
         if seconds <= 0 or tokens < 1:
             return
         self._notes += 1
-        size, seconds = tokens.bit_length(), min(seconds, MOST_S)
-        mean_tokens, mean_s = self._means.get(size, (tokens, seconds))
-        self._means[size] = (mean_tokens + FRESH * (tokens - mean_tokens), mean_s + FRESH * (seconds - mean_s))
-        self._seen[size] = self._notes
-        for stale in [size for size, at in self._seen.items() if at < self._notes - STALE_NOTES]:
-            del self._seen[stale], self._means[stale]
+        seconds = min(seconds, MOST_S)
+        mean = self._means.setdefault(tokens.bit_length(), _Mean(tokens, seconds))
+        mean.tokens += FRESH * (tokens - mean.tokens)
+        mean.seconds += FRESH * (seconds - mean.seconds)
+        mean.seen = self._notes
+        for stale in [size for size, mean in self._means.items() if mean.seen < self._notes - STALE_NOTES]:
+            del self._means[stale]
 
     def step_tokens(self, pending: Sequence[Pending], most: int) -> int:
         """New positions that the next step of these rows may have, `most` at most."""
         decoding = sum(1 for row in pending if row.known - row.cached == 1)
         prefilling = len(pending) - decoding
-        line = self._line()
-        if not decoding or not prefilling or line is None:
+        if not decoding or not prefilling or (line := self._line()) is None:
             return most
         fixed_s, token_s = line
         slack = SLACK * max(1.0, PATIENT_ROWS * prefilling / decoding)
@@ -67,5 +74,6 @@ class Pace:
         """(fixed_s, token_s) of the least squares; None while forwards were all alike, or longer ones no slower."""
         if len(self._means) < 2:
             return None
-        token_s, fixed_s = linear_regression(*zip(*self._means.values(), strict=True))
+        means = self._means.values()
+        token_s, fixed_s = linear_regression([mean.tokens for mean in means], [mean.seconds for mean in means])
         return (max(fixed_s, 0.0), token_s) if token_s > 0 else None
