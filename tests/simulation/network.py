@@ -87,7 +87,7 @@ class Network:
     def enter(self, queue: str, message: Message) -> bool:
         """Route a message as the broker does; False where the queue does not exist."""
         unattended = any(found.spec.name == queue and not found.consumers for found in self.broker.queues())
-        self.watch(queue, message.body, not unattended)
+        self.watch(queue, message.body, unattended)
         return self.broker.route(queue, message)
 
     def enter_again(self, queue: str, message: Message) -> None:

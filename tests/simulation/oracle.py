@@ -79,8 +79,8 @@ class Oracle:
 
     # -- while it runs ---------------------------------------------------------------------------
 
-    def entered(self, queue: str, body: bytes, attended: bool) -> None:
-        """A body has entered a queue; `attended`: somebody listens to it."""
+    def entered(self, queue: str, body: bytes, unattended: bool) -> None:
+        """A body has entered a queue; `unattended`: nobody listens to it."""
         self.counts["messages"] += 1
         self.digest = zlib.crc32(body, zlib.crc32(queue.encode(), self.digest))
         if queue.endswith(".requests") or ".leases." in queue:
@@ -88,7 +88,7 @@ class Oracle:
             if isinstance(request, Request):
                 self._check_checkpoint(request)
                 # A checkpoint that comes after its coordinator is gone (late, or twice) goes to `requests` as well.
-                self.copies[_name(request)] += queue.endswith(".requests") or not attended
+                self.copies[_name(request)] += queue.endswith(".requests") or unattended
 
     def leases_lost(self, bodies: Sequence[bytes]) -> None:
         """A coordinator is gone; what it held goes back. A checkpoint may lie beside what it was to replace."""
