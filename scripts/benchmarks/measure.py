@@ -132,12 +132,16 @@ def run(case: Case) -> Outcome:
     absent: dict[str, str] = {}
     with ExitStack() as stack:
         runners: dict[str, Callable[[], float]] = {}
+
+        def leave_out(name: str, why: Unavailable) -> None:
+            absent[name] = " ".join(str(why).split())  # a cell of a table
+            say(f"{case.name}: {name} does not run: {why}")
+
         for contender in case.contenders:
             try:
                 runners[contender.name] = stack.enter_context(contender.ready())
             except Unavailable as why:
-                absent[contender.name] = " ".join(str(why).split())  # a cell of a table
-                say(f"{case.name}: {contender.name} does not run: {why}")
+                leave_out(contender.name, why)
         for round_ in range(-case.warmups, case.rounds):
             turn = list(runners.items())
             # Nobody is always the last; the first contender is the first of all, whose tokens the others must have.
@@ -145,7 +149,7 @@ def run(case: Case) -> Outcome:
                 try:
                     value = runner()
                 except Unavailable as why:
-                    absent[name] = " ".join(str(why).split())
+                    leave_out(name, why)
                     values[name].clear()
                     del runners[name]
                     continue

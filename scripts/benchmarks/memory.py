@@ -26,6 +26,7 @@ from benchmarks.ours import Layout, as_lines, make_plan, pipeline, serving
 from benchmarks.rabbit import Rabbit
 from benchmarks.side import side
 from benchmarks.workload import Row, WrongWork, check
+from mqinfer.batch_files import count_lines
 
 MIB = 2**20
 #: What a worker may keep of keys and values.
@@ -151,8 +152,8 @@ def producer_mib(rabbit: Rabbit) -> float:
             command = (MQINFER, "batch", str(prompts), "-o", str(output), *options)
             with process(*command, stop=signal.SIGTERM, stdout=log, stderr=log) as job:
                 peak = _peak_until_end(job, fleet)
-        if job.returncode or _count_lines(output) != LINES:
-            raise WrongWork(fleet.report(f"the job ended with {job.returncode}, {_count_lines(output)} rows"))
+        if job.returncode or count_lines(output) != LINES:
+            raise WrongWork(fleet.report(f"the job ended with {job.returncode}, {count_lines(output)} rows"))
         return peak
 
 
@@ -169,8 +170,8 @@ def producer_afresh_mib() -> float:
         _write_prompts(prompts)
         with side("stand_in", str(plan), environment={}) as job:
             answered = job.ask(prompts=str(prompts), output=str(output))["answered"]
-            if answered != LINES or _count_lines(output) != LINES:
-                raise WrongWork(f"{answered} rows were answered, {_count_lines(output)} written")
+            if answered != LINES or count_lines(output) != LINES:
+                raise WrongWork(f"{answered} rows were answered, {count_lines(output)} written")
             return _peak_mib(job.pid)
 
 
@@ -191,11 +192,6 @@ def _write_rows(path: Path, count: int) -> None:
                 "error": None,
             }
             file.write(json.dumps(row) + "\n")
-
-
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
 
 
 # -- processes -------------------------------------------------------------------------------------

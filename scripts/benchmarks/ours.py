@@ -22,7 +22,7 @@ from benchmarks.measure import Contender
 from benchmarks.rabbit import Rabbit
 from benchmarks.shared import Shared
 from benchmarks.side import Side, SideFailed, side
-from benchmarks.workload import WARM_ROWS, WARM_TOKENS, Agreement, Row, Workload, check
+from benchmarks.workload import WARM_ROWS, WARM_TOKENS, Agreement, Row, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +102,7 @@ class Mqinfer:
         def run(running: Pipeline) -> float:
             answer = running.run(work.jobs)
             outputs = [output for job in answer["outputs"] for output in job]
-            check(work, outputs, who)
-            self._agreement.see(who, outputs, ours=True)
-            seconds: float = answer["seconds"]
-            return work.tokens / seconds
+            return self._agreement.rate(work, outputs, answer["seconds"], who, ours=True)
 
         @contextmanager
         def ready() -> Iterator[Callable[[], float]]:

@@ -26,7 +26,7 @@ from local_fleet import Fleet
 from benchmarks import workload
 from benchmarks.custom_fleet import ENVIRONMENT, Running, running
 from benchmarks.measure import SMALL, Case, Contender, Notes, Unavailable
-from benchmarks.ours import make_plan
+from benchmarks.ours import as_lines, make_plan
 from benchmarks.rabbit import Rabbit
 from benchmarks.shared import Shared
 from benchmarks.workload import Workload
@@ -153,8 +153,7 @@ class Profiled:
 
     def run(self) -> None:
         """The job. Raises: WrongWork."""
-        rows = [{"prompt": row.prompt, "max_tokens": row.output_tokens} for row in self.work.rows]
-        answer = self.running.producer.ask(op="run", jobs=[{"rows": rows}])
+        answer = self.running.producer.ask(op="run", jobs=[{"rows": as_lines(self.work.rows)}])
         workload.check(self.work, answer["outputs"][0], "profile")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measure import Contender
 from benchmarks.shared import Shared
 from benchmarks.side import Side, side
-from benchmarks.workload import WARM_ROWS, WARM_TOKENS, Agreement, Row, Workload, check
+from benchmarks.workload import WARM_ROWS, WARM_TOKENS, Agreement, Row, Workload, in_order
 
 #: Positions of a prefill that cost about as much as one more step of a batch: so many, and so many for each row
 #: (on 2 cores 75 ms a step at 1 row, 180 at 16, 255 at 32; some 600 positions/s).
@@ -54,13 +54,9 @@ class Transformers:
 
         def run(process: Side) -> float:
             answer = process.ask(op=op, **question([rows[index] for index in order]))
-            outputs: list[list[int]] = [[] for _ in rows]
-            for index, output in zip(order, answer["outputs"], strict=True):
-                outputs[index] = output[: rows[index].output_tokens]  # the rest is the batch's, and of no use
-            check(self._work, outputs, name)
-            self._agreement.see(name, outputs)
-            seconds: float = answer["seconds"]
-            return self._work.tokens / seconds
+            drawn = zip(rows, in_order(order, answer["outputs"]), strict=True)
+            outputs = [output[: row.output_tokens] for row, output in drawn]  # the rest is the batch's, and of no use
+            return self._agreement.rate(self._work, outputs, answer["seconds"], name)
 
         @contextmanager
         def ready() -> Iterator[Callable[[], float]]:

@@ -25,7 +25,7 @@ from local_fleet import LOG_TAIL, spawn
 from benchmarks.measure import Contender, Unavailable
 from benchmarks.shared import Shared
 from benchmarks.side import Side, SideFailed
-from benchmarks.workload import WARM_ROWS, WARM_TOKENS, Agreement, Row, Workload, check
+from benchmarks.workload import WARM_ROWS, WARM_TOKENS, Agreement, Row, Workload, in_order
 
 VARIABLE = "MQINFER_PETALS"
 #: Converted checkpoints, and what else Petals keeps.
@@ -62,13 +62,7 @@ def contender(work: Workload, agreement: Agreement, name: str = "Petals", *, bat
 
     def run(petals: Side) -> float:
         answer = _asked(petals, question([rows[index] for index in order]))
-        outputs: list[list[int]] = [[] for _ in rows]
-        for index, output in zip(order, answer["outputs"], strict=True):
-            outputs[index] = output
-        check(work, outputs, name)
-        agreement.see(name, outputs)
-        seconds: float = answer["seconds"]
-        return work.tokens / seconds
+        return agreement.rate(work, in_order(order, answer["outputs"]), answer["seconds"], name)
 
     @contextmanager
     def ready() -> Iterator[Callable[[], float]]:

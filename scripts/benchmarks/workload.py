@@ -69,6 +69,12 @@ class WrongWork(Exception):
     """A contender did something else than it was asked for: its figure would mean nothing."""
 
 
+def in_order(order: Sequence[int], outputs: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Outputs of rows that were asked in this order, as the rows stand."""
+    found = dict(zip(order, outputs, strict=True))
+    return [found[index] for index in range(len(order))]
+
+
 def check(work: Workload, outputs: Sequence[Sequence[int]], who: str) -> None:
     """Raises: WrongWork unless each row has just its number of tokens."""
     wanted = [row.output_tokens for row in work.rows]
@@ -87,6 +93,14 @@ class Agreement:
         self._first: tuple[str, list[list[int]]] | None = None
         self._seen: set[str] = set()
 
+    def rate(
+        self, work: Workload, outputs: Sequence[Sequence[int]], seconds: float, who: str, *, ours: bool = False
+    ) -> float:
+        """What `who` made of the work: counted tokens/s. Raises: WrongWork."""
+        check(work, outputs, who)
+        self.see(who, outputs, ours=ours)
+        return work.tokens / seconds
+
     def see(self, who: str, outputs: Sequence[Sequence[int]], *, ours: bool = False) -> None:
         """Called after every run; noted of the first one of each contender. Raises: WrongWork of `ours`."""
         if not self._wanted:
@@ -94,11 +108,12 @@ class Agreement:
         mine = [list(output) for output in outputs]
         if self._first is None:
             self._first = who, mine
+            self._seen.add(who)  # there is nothing to say of it
         named, theirs = self._first
         same = sum(a == b for a, b in zip(theirs, mine, strict=True))
         if ours and same < AGREEING * len(mine):
             raise WrongWork(f"{who}: the tokens of only {same} of {len(mine)} rows are those of {named}")
-        if who == named or who in self._seen:
+        if who in self._seen:
             return
         self._seen.add(who)
         self._notes.append(f"{who}: the tokens of {same} of {len(mine)} rows are those of {named}")
