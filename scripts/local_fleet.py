@@ -137,11 +137,12 @@ def spawn(
         stderr=stderr,
         env={**DEFAULTS, **os.environ, **(environment or {})},
         start_new_session=True,
-        preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        preexec_fn=end_with_parent if sys.platform == "linux" else None,
     )
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ask the kernel to tell this process to stop when its parent is gone (Linux)."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -1,6 +1,6 @@
 """Stage workers that sleep where others compute: all of a worker is real but its engine.
 
-`python -m benchmarks.sleeping_stage --pipeline FILE --broker URL --stages 0,1,1 --step-s 0.02,0.02,0.04` is three
+`python -m benchmarks.sleeping_stage --pipeline FILE --broker URL --stages 0,1,1 --step-s 0.02` is three
 workers, one process each, that end together. Hidden states are noise of the right size, tokens are the rows' positions;
 a row whose earlier positions a worker does not hold is missed, as by a real one. Other settings: MQINFER_*.
 """
@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from local_fleet import end_with_parent
 from torch import Tensor
 
 from mqinfer.messages import Miss, MissReason, Row, Sampled
@@ -34,39 +34,22 @@ from mqinfer.stage_worker import StageWorker
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Transport
 
-#: What one row's keys and values count as.
-ROW_BYTES = 2**20
-
-_PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """How long a forward sleeps."""
-
-    #: For each microbatch in it.
-    step_s: float
-    #: For each new position.
-    token_s: float
-
-    def seconds(self, works: Sequence[Work]) -> float:
-        """Of one forward over all of them."""
-        tokens = sum(row.count for work in works for row in work.rows)
-        return len(works) * self.step_s + tokens * self.token_s
+#: What one row's keys and values count as, and how many rows have room: more than ever come.
+ROW_BYTES, KV_ROWS = 2**20, 100_000
 
 
 class SleepingEngine:
     """Has the interface of a StageEngine, for the one compute thread."""
 
-    def __init__(self, plan: Plan, stage: int, speed: Speed, kv_rows: int) -> None:
+    def __init__(self, plan: Plan, stage: int, step_s: float) -> None:
+        """`step_s`: how long it sleeps for each microbatch of a forward."""
         self.device = torch.device("cpu")
         self.first = stage == 0
         self.last = stage == len(plan.stages) - 1
-        self.kv_budget_bytes = kv_rows * ROW_BYTES
+        self.kv_budget_bytes = KV_ROWS * ROW_BYTES
         self._plan = plan
         self._stage = stage
-        self._speed = speed
-        self._kv_rows = kv_rows
+        self._step_s = step_s
         #: (owner, row) -> epoch, positions held.
         self._held: dict[tuple[str, int], tuple[int, int]] = {}
         self._noise = torch.empty(0)
@@ -83,7 +66,7 @@ class SleepingEngine:
 
     def fits(self, rows: Sequence[Row]) -> bool:
         """See StageEngine."""
-        return len(self._held) + sum(row.start == 0 for row in rows) <= self._kv_rows
+        return len(self._held) + sum(row.start == 0 for row in rows) <= KV_ROWS
 
     def forget(self, owner: str, rows: Sequence[tuple[int, int]]) -> None:
         """See StageEngine."""
@@ -101,7 +84,7 @@ class SleepingEngine:
 
     def run(self, works: Sequence[Work]) -> list[Done]:
         """See StageEngine."""
-        time.sleep(self._speed.seconds(works))
+        time.sleep(len(works) * self._step_s)
         return [self._done(work) for work in works]
 
     def _done(self, work: Work) -> Done:
@@ -140,14 +123,14 @@ class SleepingEngine:
         return self._noise[:tokens]
 
 
-def serve(plan: Plan, stage: int, speed: Speed, kv_rows: int, settings: WorkerSettings) -> int:
+def serve(plan: Plan, stage: int, step_s: float, settings: WorkerSettings) -> int:
     """One worker, until SIGTERM. The exit code."""
 
     async def connect() -> Transport:
         return await open_transport(settings.broker, name=f"sleeping worker {stage}", heartbeat_s=settings.heartbeat_s)
 
     log_to_stderr(level=settings.log_level, as_json=settings.log_json)
-    engine: Any = SleepingEngine(plan, stage, speed, kv_rows)
+    engine: Any = SleepingEngine(plan, stage, step_s)
     compute = StageCompute(plan, stage, engine, codec=settings.codec, threads=settings.threads)
     finish(StageWorker(plan, stage, compute, settings, connect).run, stopped=0)
     return 0
@@ -179,7 +162,7 @@ def _forked(work: Callable[[], int]) -> int:
         return child
     code = 1
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()
         code = work()
     except Exception:
         traceback.print_exc()
@@ -192,29 +175,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", type=Path, required=True, help="the plan's file")
     parser.add_argument("--broker", required=True)
-    parser.add_argument("--stages", type=_list_of(int), required=True, help="of each worker: 0,1,1")
-    parser.add_argument("--step-s", type=_list_of(float), default=[0.02], help="sleep for each step, of each worker")
-    parser.add_argument("--token-s", type=_list_of(float), default=[0.0], help="and for each new position")
-    parser.add_argument("--kv-rows", type=_list_of(int), default=[100_000], help="rows that fit, of each worker")
+    parser.add_argument("--stages", required=True, help="of each worker: 0,1,1")
+    parser.add_argument("--step-s", type=float, required=True, help="sleep for each microbatch of a forward")
     options = parser.parse_args()
-    plan, count = read(options.pipeline), len(options.stages)
+    plan = read(options.pipeline)
     settings = load(WorkerSettings, broker=options.broker, threads=1)
-    each = (_for_each(values, count, parser) for values in (options.step_s, options.token_s, options.kv_rows))
-    works = [
-        lambda stage=stage, speed=Speed(step_s, token_s), rows=rows: serve(plan, stage, speed, rows, settings)
-        for stage, step_s, token_s, rows in zip(options.stages, *each, strict=True)
-    ]
-    return works[0]() if count == 1 else serve_all(works)
-
-
-def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [kind(part) for part in text.split(",")]
-
-
-def _for_each(values: list[Any], count: int, parser: argparse.ArgumentParser) -> list[Any]:
-    if len(values) not in (1, count):
-        parser.error(f"{len(values)} values for {count} workers: give one, or one for each")
-    return values if len(values) == count else values * count
+    works = [partial(serve, plan, int(stage), options.step_s, settings) for stage in options.stages.split(",")]
+    return works[0]() if len(works) == 1 else serve_all(works)
 
 
 if __name__ == "__main__":
