@@ -40,7 +40,7 @@ EPILOG = """\
 Every figure is one side of a comparison in one run: all contenders are ready at once and take turns, medians of
 the rounds are printed with all of them. The machine should be idle otherwise; nothing here is part of the tests.
 
-  scripts/bench                     all cases: the better part of an hour on 2 cores
+  scripts/bench                     all cases: hours on 2 cores, most of them for generate and generate-bf16
   scripts/bench generate            one of them
   scripts/bench one --rounds 5      with more rounds
   scripts/bench hop --write         puts the tables into docs/performance.md

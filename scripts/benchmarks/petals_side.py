@@ -1,8 +1,8 @@
 """Petals' side of the comparison; runs in Petals' own environment (docs/performance.md says how that is made).
 
-Two servers on loopback, each with half of the layers and one thread, and a client that generates. Nothing of mqinfer
-or of `benchmarks` is imported here, since the environment has neither. `rival_petals` starts it and asks it in lines
-of JSON, as `benchmarks.side` has them.
+Two servers on loopback, each with half of the layers and as many threads as OMP_NUM_THREADS says, and a client that
+generates. Nothing of mqinfer or of `benchmarks` is imported here, since the environment has neither. `rival_petals`
+starts it and asks it in lines of JSON, as `benchmarks.side` has them.
 
     petals_side.py client MODEL DTYPE                   the whole swarm
     petals_side.py serve MODEL DTYPE FIRST:END [PEER]   what it starts twice; its only line out: {"address": …}
