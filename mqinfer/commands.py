@@ -200,8 +200,12 @@ def _verdict(batch: BatchJob, rows: Rows, output: Path) -> int:
     progress = rows.progress
     told = f"{progress.answered} answered, {progress.failed} failed"
     if not batch.finished:
-        left = "but the job's queue is left on the broker" if batch.answered else "the rest is not done"
-        console.say(f"stopped: {told}, {left}. Run the same command again to go on.")
+        left, aim = (
+            ("but the job's queue is left on the broker", "remove it")
+            if batch.answered
+            else ("the rest is not done", "go on")
+        )
+        console.say(f"stopped: {told}, {left}. Run the same command again to {aim}.")
         return INTERRUPTED
     console.say(f"done: {told} -> {output}")
     return SOME_ERRORS if progress.failed else ALL_ANSWERED

@@ -178,7 +178,7 @@ class WorkerSession:
 
     async def _accept(self, taken: Taken) -> bool:
         """Whether a new microbatch is to be computed here now; if not, it has been dealt with."""
-        if await self._was_lost(taken):
+        if await self._told_lost(taken):
             return False
         if self._has_room(taken.step):
             if not taken.step.alone:
@@ -188,8 +188,8 @@ class WorkerSession:
         await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
         return False
 
-    async def _was_lost(self, taken: Taken) -> bool:
-        """Whether a worker died with this new microbatch: its owner must count that, and has been told."""
+    async def _told_lost(self, taken: Taken) -> bool:
+        """If a worker died with this new microbatch, tell its owner, who counts that, and settle it; whether it was so."""
         if taken.delivery.redelivered:
             await self._give_up(taken.step, MissReason.LOST, "its worker died")
             await taken.delivery.ack()
@@ -305,7 +305,7 @@ class WorkerSession:
                 continue
             rows += len(taken.step.rows)
             if inbox is self._inbox.shared:
-                if not await self._was_lost(taken):
+                if not await self._told_lost(taken):
                     await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
             else:
                 await self._give_up(replace(taken.step, closing=True), MissReason.GONE, "the worker leaves")
