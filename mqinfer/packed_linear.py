@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 #: Smaller weights gain nothing where there is no AVX-512, and lose a third at a single row.
 LEAST_ELEMENTS = 2**22
+#: With AVX-512, on one thread: [1536, 576] in float32 takes 0.54 ms for 8 rows, packed 0.37 (and 0.25 for one, packed
+#: 0.27); [576, 576] in bfloat16 0.11 for 8 and packed 0.08; what is smaller gains nothing.
+LEAST_ELEMENTS_AVX512 = {torch.float32: 2**19, torch.bfloat16: 2**18}
 
 
 class PackedLinear(nn.Module):
@@ -72,4 +75,11 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def _is_large(module: nn.Module) -> bool:
     """Exactly `nn.Linear`: subclasses do something else."""
-    return type(module) is nn.Linear and module.weight.numel() >= LEAST_ELEMENTS
+    return type(module) is nn.Linear and module.weight.numel() >= _least_elements(module.weight.dtype)
+
+
+def _least_elements(dtype: torch.dtype) -> int:
+    """From how many on it is faster, on this processor."""
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return LEAST_ELEMENTS_AVX512.get(dtype, LEAST_ELEMENTS)
+    return LEAST_ELEMENTS

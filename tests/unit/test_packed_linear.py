@@ -23,7 +23,7 @@ class Tied(nn.Module):
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Tied:
-    monkeypatch.setattr(packed_linear, "LEAST_ELEMENTS", 64 * 32)
+    monkeypatch.setattr(packed_linear, "_least_elements", lambda dtype: 64 * 32)
     torch.manual_seed(1)
     return Tied().requires_grad_(False)
 
@@ -59,3 +59,14 @@ def test_where_onednn_can_not_the_model_stays_as_it_is(model: Tied, monkeypatch:
     pack_linears(model)
     assert type(model.head) is nn.Linear
     assert packed_bytes(model) == 0
+
+
+@needs_onednn
+@pytest.mark.parametrize(("processor", "smaller_too"), [("AVX2", False), ("AVX512", True)])
+def test_which_layers_are_large_depends_on_the_processor(
+    monkeypatch: pytest.MonkeyPatch, processor: str, smaller_too: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    model = nn.Sequential(nn.Linear(576, 1536), nn.Linear(1536, 192), nn.Linear(192, 2**15)).requires_grad_(False)
+    pack_linears(model)
+    assert [type(layer) is PackedLinear for layer in model] == [smaller_too, False, True]
