@@ -14,7 +14,7 @@ from processes import Actor, Fleet, demo_model, rows, wait_until
 pytestmark = [pytest.mark.smollm2, pytest.mark.broker, pytest.mark.timeout(400)]
 
 #: The rows end at unlike times, so that there is a middle of the job in which some are done.
-NEW_TOKENS = {f"p{i}": 5 + 7 * (i % 7) for i in range(18)}
+NEW_TOKENS = {f"p{i}": 4 + 4 * (i % 7) for i in range(18)}
 QUESTIONS = (
     "What is the capital of France?",
     "Name three primary colors and say what each of them is often used for in painting.",
