@@ -189,7 +189,7 @@ class WorkerSession:
         return False
 
     async def _told_lost(self, taken: Taken) -> bool:
-        """If a worker died with this new microbatch, tell its owner, who counts that, and settle it; whether it was so."""
+        """If a worker died with this new microbatch, tell its owner, who counts that; whether it is settled thus."""
         if taken.delivery.redelivered:
             await self._give_up(taken.step, MissReason.LOST, "its worker died")
             await taken.delivery.ack()
