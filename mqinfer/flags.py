@@ -91,7 +91,8 @@ Codec = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="How hidden states travel on: raw, lossless, int8 or int8+zstd, or MQINFER_CODEC. Default: lossless.",
+        help="How hidden states travel on: raw, lossless, auto (whichever of these two is faster over the worker's "
+        "link), int8 or int8+zstd (smaller, not exact), or MQINFER_CODEC. Default: auto.",
     ),
 ]
 Rows = Annotated[

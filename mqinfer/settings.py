@@ -85,8 +85,8 @@ class WorkerSettings(Settings):
     kv_bytes: Bytes = 2**30
     #: CPU threads of the compute; 0: one for each core.
     threads: int = Field(0, ge=0, le=1024)
-    #: How hidden states travel to the next stage.
-    codec: Literal["raw", "lossless", "int8", "int8+zstd"] = "lossless"
+    #: How hidden states travel to the next stage; auto: raw or lossless, whichever is faster over this worker's link.
+    codec: Literal["auto", "raw", "lossless", "int8", "int8+zstd"] = "auto"
     #: New positions computed in one forward at most, over all microbatches that wait.
     merge_tokens: int = Field(1024, ge=1)
     #: On SIGTERM, how long to go on serving the rows whose keys and values are here; then they are replayed elsewhere.

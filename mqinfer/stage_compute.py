@@ -5,12 +5,14 @@ Runs whole in the worker's one compute thread, but for the questions `fits` and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from mqinfer.codec_choice import CodecChoice
 from mqinfer.errors import ComputeError, WireError
 from mqinfer.messages import Miss, MissReason, Row, Step, StepDone
 from mqinfer.plan import Plan
@@ -18,6 +20,9 @@ from mqinfer.settings import WorkerSettings
 from mqinfer.stage_engine import Done, StageEngine, Work
 from mqinfer.tensor_codec import pack, unpack
 from mqinfer.wire import MAX_STEP_BYTES, encode
+
+#: The name under which CodecChoice chooses for every body.
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,10 @@ class Outgoing:
     computed: int = 0
     #: Where the step's tensor could not be read: why. The step itself belongs to the dead-letter queue then.
     unreadable: str = ""
+    #: Of the hidden states that go on: how they were packed, how large they are and how long that took.
+    codec: str = ""
+    tensor_bytes: int = 0
+    pack_s: float = 0.0
 
 
 class StageCompute:
@@ -42,6 +51,7 @@ class StageCompute:
         self._plan = plan
         self._stage = stage
         self._codec = codec
+        self._choice = CodecChoice()
         self._threads = threads
         self._device = torch.device(engine.device)
         self._max_tokens = MAX_STEP_BYTES // (plan.hidden_size * plan.itemsize)
@@ -62,6 +72,11 @@ class StageCompute:
     def is_empty(self) -> bool:
         """Whether no row is cached: then what does not fit now never will."""
         return self.engine.cached_rows == 0
+
+    def published(self, out: Outgoing, seconds: float) -> None:
+        """The broker has confirmed it after so long: what `auto` chooses by."""
+        if out.codec:
+            self._choice.note(out.codec, out.tensor_bytes, pack_s=out.pack_s, publish_s=seconds)
 
     # -- in the compute thread -------------------------------------------------------------------
 
@@ -118,13 +133,23 @@ class StageCompute:
         misses = step.misses + done.misses
         if done.hidden is None or not done.rows:
             return Outgoing(body=self._end(step, done, misses), ends=True, misses=done.misses, computed=len(done.rows))
+        tensor_bytes, began_s = done.hidden.nbytes, time.perf_counter()
+        codec = self._choice.choose(tensor_bytes) if self._codec == AUTO else self._codec
         try:
-            hidden = pack(done.hidden, self._codec)
+            hidden = pack(done.hidden, codec)
         except ComputeError as error:  # not finite where the codec can't carry it
             missed = tuple(self._miss(row, MissReason.COMPUTE, str(error)) for row in done.rows)
             return Outgoing(body=self._end(step, done, misses + missed), ends=True, misses=done.misses + missed)
         onward = replace(step, stage=self._stage + 1, rows=done.rows, misses=misses, tokens=(), hidden=hidden)
-        return Outgoing(body=encode(onward), ends=False, misses=done.misses, computed=len(done.rows))
+        return Outgoing(
+            body=encode(onward),
+            ends=False,
+            misses=done.misses,
+            computed=len(done.rows),
+            codec=codec,
+            tensor_bytes=tensor_bytes,
+            pack_s=time.perf_counter() - began_s,
+        )
 
     def _refused(self, step: Step, error: WireError) -> Outgoing:
         missed = tuple(self._miss(row, MissReason.COMPUTE, str(error)) for row in step.rows)

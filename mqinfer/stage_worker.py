@@ -240,7 +240,9 @@ class WorkerSession:
                 if out.ends:
                     await self._to_owner(item.step.owner, out.body)
                 else:
+                    began_s = now_s()
                     await self._to_next(item.step, out)
+                    self._compute.published(out, now_s() - began_s)
                 if out.unreadable:
                     await bury(self._transport, self._topology.dead, item.delivery, out.unreadable)
                 else:

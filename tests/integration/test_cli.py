@@ -367,7 +367,7 @@ MISTAKES = {
     "worker --stage 0 -p {broken}": "unknown key: stagse",
     "worker --stage 2 -p {pipeline}": "the plan has stages 0 to 1, not 2",
     "worker --stage 0 -p {pipeline} --broker memory://x --device gpu": "'gpu' is no device",
-    "worker --stage 0 -p {pipeline} --codec zip": "setting codec: Input should be 'raw', 'lossless', 'int8' or",
+    "worker --stage 0 -p {pipeline} --codec zip": "setting codec: Input should be 'auto', 'raw', 'lossless', 'int8'",
     "worker --stage 0 -p {other} --broker memory://x": "has other weights or another config than the plan was made for",
     "worker --stage 0 -p {pipeline} --broker amqp://127.0.0.1:1/": "nothing listens at 127.0.0.1:1",
     "coordinator -p {pipeline} --broker amqp://127.0.0.1:1/": "nothing listens at 127.0.0.1:1",

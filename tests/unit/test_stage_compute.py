@@ -119,3 +119,16 @@ def test_hidden_states_that_are_not_finite_make_the_step_unreadable() -> None:
         assert isinstance(end, StepDone)
         assert out.unreadable == "the hidden states are not finite"
         assert {miss.reason for miss in end.misses} == {MissReason.COMPUTE}
+
+
+def test_auto_sends_on_what_came_out_the_sooner_and_nothing_but_exact_codecs() -> None:
+    stage, used = compute(0, codec="auto"), []
+    for _ in range(60):
+        (out,) = stage.run([first_step()], "w0")
+        onward = decode(out.body)
+        assert isinstance(onward, Step)
+        assert onward.hidden is not None
+        used.append(onward.hidden.codec)
+        stage.published(out, 10.0 if onward.hidden.codec == "raw" else 1.0)
+    assert set(used) == {"raw", "lossless"}
+    assert used[10:].count("lossless") >= 45
