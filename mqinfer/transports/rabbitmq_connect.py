@@ -65,10 +65,16 @@ async def connect(url: URL, *, name: str, heartbeat_s: float, timeout_s: float) 
     except BaseException as error:
         # Its destructor would start a task if nobody closed it, even though it was never open.
         await connection.close()
-        if isinstance(error, AMQPError | OSError):
+        if isinstance(error, Exception) or _is_foreign(error):
             raise Refused(why(error, url, timeout_s)) from error
         raise
     return connection
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Whether it is a cancellation that nobody asked for: aiormq cancels who waits on a connection that it loses."""
+    task = asyncio.current_task()
+    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
 
 
 def parse(url: str) -> URL:
@@ -89,7 +95,9 @@ def why(error: BaseException, url: URL, timeout_s: float) -> str:
         words = _words(cause, where, url, timeout_s)
         if words:
             return words
-    return f"the broker at {where} refused the connection: {error}"
+    if isinstance(error, AMQPError | OSError):
+        return f"the broker at {where} refused the connection: {error}"
+    return f"{where} hung up while the connection was being opened ({error!r})"
 
 
 def _causes(error: BaseException) -> list[BaseException]:

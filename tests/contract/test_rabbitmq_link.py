@@ -29,7 +29,7 @@ from mqinfer.queues import QueueSpec
 from mqinfer.transports import open_transport, rabbitmq_link
 from mqinfer.transports.base import QueueState, Transport
 from mqinfer.transports.rabbitmq import RabbitmqTransport
-from mqinfer.transports.rabbitmq_connect import why
+from mqinfer.transports.rabbitmq_connect import AbortableConnection, why
 
 pytestmark = pytest.mark.broker
 
@@ -101,6 +101,28 @@ async def test_an_address_where_no_broker_answers_is_refused_in_clear_words(
     for name, port in servers.items():
         url = url.replace(f":{name}/", f":{port}/")
     assert words in await refusal(URL(url), caplog, timeout_s=1 if "within 1 s" in words else 20)
+
+
+@pytest.mark.parametrize("error", [StopAsyncIteration(), asyncio.CancelledError(), IndexError("bytes")])
+async def test_whatever_the_client_makes_of_a_broker_that_goes_while_it_says_hello_it_can_be_tried_again(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Actors were seen to end by the first, when brokers were killed: so aiormq says that the stream has ended."""
+
+    async def connect(self: object, **_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AbortableConnection, "connect", connect)
+    with pytest.raises(Refused, match=r"127\.0\.0\.1:5672 hung up while the connection was being opened"):
+        await open_transport("amqp://127.0.0.1/")
+
+
+async def test_who_is_cancelled_while_a_connection_is_opened_is_cancelled(servers: dict[str, int]) -> None:
+    opening = asyncio.ensure_future(open_transport(f"amqp://127.0.0.1:{servers['silent']}/"))
+    await asyncio.wait({opening}, timeout=0.2)
+    opening.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
 
 
 async def test_tls_with_a_broker_that_does_not_speak_it_is_refused_in_clear_words(

@@ -24,6 +24,8 @@ from workload import SHORT, repeated
 
 #: Before it processes load code, fill caches and make their pools.
 WARM_UP_S = 60.0
+#: Of the log of what went wrong.
+LOG_CHARS = 3000
 #: Between two faults.
 PAUSE_S = (2.0, 8.0)
 
@@ -72,7 +74,7 @@ class Soak:
         counts = count(self.job.output, self.asked, self.answers, frozenset())
         self.report.count(counts)
         if code != 0 or not counts.good:
-            self.failed.append(f"a job ended with {code}: {counts}")
+            self.failed.append(f"a job ended with {code}: {counts}\n{self.job.actor.said()[-LOG_CHARS:]}")
 
     def any_actor(self) -> str:
         """The name of one of the fleet's actors."""
@@ -95,7 +97,7 @@ def terminate_an_actor(soak: Soak) -> None:
     actor = soak.roster.actors[soak.any_actor()]
     actor.signal(signal.SIGTERM)
     if actor.wait() != 0:
-        soak.failed.append(f"{actor.name} left with {actor.process.returncode}")
+        soak.failed.append(f"{actor.name} left with {actor.process.returncode}\n{actor.said()[-LOG_CHARS:]}")
     actor.restart()
 
 
