@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from mqinfer.device import device_name
 from mqinfer.errors import ComputeError, WireError
 from mqinfer.messages import Miss, MissReason, Row, Step, StepDone
 from mqinfer.plan import Plan
@@ -31,6 +32,9 @@ class Outgoing:
     misses: tuple[Miss, ...] = ()
     #: How many rows it computed.
     computed: int = 0
+    #: Hidden states that go on: their bytes on the device, and packed.
+    hidden_bytes: int = 0
+    packed_bytes: int = 0
     #: Where the step's tensor could not be read: why. The step itself belongs to the dead-letter queue then.
     unreadable: str = ""
 
@@ -53,6 +57,16 @@ class StageCompute:
             torch.set_num_threads(self._threads)
 
     # -- asked from the event loop ---------------------------------------------------------------
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it computes on and with, for reports."""
+        return {
+            "device": str(self._device),
+            "device_name": device_name(self._device),
+            "codec": self._codec,
+            "torch": str(torch.__version__),
+        }
 
     def fits(self, rows: Sequence[Row]) -> bool:
         """Whether these new rows can be admitted now."""
@@ -124,7 +138,14 @@ class StageCompute:
             missed = tuple(self._miss(row, MissReason.COMPUTE, str(error)) for row in done.rows)
             return Outgoing(body=self._end(step, done, misses + missed), ends=True, misses=done.misses + missed)
         onward = replace(step, stage=self._stage + 1, rows=done.rows, misses=misses, tokens=(), hidden=hidden)
-        return Outgoing(body=encode(onward), ends=False, misses=done.misses, computed=len(done.rows))
+        return Outgoing(
+            body=encode(onward),
+            ends=False,
+            misses=done.misses,
+            computed=len(done.rows),
+            hidden_bytes=done.hidden.nbytes,
+            packed_bytes=sum(map(len, hidden.blobs)),
+        )
 
     def _refused(self, step: Step, error: WireError) -> Outgoing:
         missed = tuple(self._miss(row, MissReason.COMPUTE, str(error)) for row in step.rows)
