@@ -35,6 +35,14 @@ LogLevel = Annotated[
 LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON objects, or MQINFER_LOG_JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
+# Looking at a pipeline
+
+Workers = Annotated[bool, typer.Option("--workers", help="Each stage's workers under it.")]
+Json = Annotated[bool, typer.Option("--json", help="All that is known, as one JSON object.")]
+Interval = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0.1, show_default=False, help="How often it is looked. Default: 2.")
+]
+
 # Dead letters
 
 Number = Annotated[int, typer.Argument(metavar="N", min=1, help="A number of `mqinfer dead list`, as it is now.")]

@@ -55,8 +55,8 @@ ROOMS = (
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues launch flags running systemd commands operate console embedded "
-        "batch_files batch_output batch_rows batch_job openai_bodies",
+        "__main__ cli cli_queues launch flags running systemd commands operate top console pipeline_view "
+        "embedded batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
 
@@ -70,7 +70,7 @@ HOMES = {
     "numpy": "tensor_codec",
     "pydantic": "settings openai_bodies",
     "pydantic_settings": "settings",
-    "rich": "console",
+    "rich": "console pipeline_view top",
     "safetensors": "stage_weights",
     "structlog": "observe",
     "tenacity": "link",
