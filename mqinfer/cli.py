@@ -178,6 +178,8 @@ def worker(
     threads: flags.Threads = None,
     codec: flags.Codec = None,
     model: flags.LocalModel = None,
+    metrics_port: flags.MetricsPort = None,
+    metrics_address: flags.MetricsAddress = None,
     config: flags.Config = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
@@ -194,7 +196,8 @@ def worker(
     from mqinfer.settings import WorkerSettings
 
     given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
-    settings = load_settings(WorkerSettings, config, **given, codec=codec, log_level=log_level, log_json=log_json)
+    given |= {"metrics_port": metrics_port, "metrics_address": metrics_address, "log_json": log_json}
+    settings = load_settings(WorkerSettings, config, **given, codec=codec, log_level=log_level)
     run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
 
 
@@ -204,6 +207,8 @@ def coordinator(
     broker: flags.Broker = None,
     rows: flags.Rows = None,
     model: flags.LocalModel = None,
+    metrics_port: flags.MetricsPort = None,
+    metrics_address: flags.MetricsAddress = None,
     config: flags.Config = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
@@ -219,6 +224,7 @@ def coordinator(
     from mqinfer.settings import CoordinatorSettings
 
     given = {"pipeline": pipeline, "broker": broker, "rows": rows, "log_level": log_level, "log_json": log_json}
+    given |= {"metrics_port": metrics_port, "metrics_address": metrics_address}
     settings = load_settings(CoordinatorSettings, config, **given)
     run(lambda stop: commands.coordinator(settings, model, stop=stop), stopped=0)
 

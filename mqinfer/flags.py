@@ -106,6 +106,18 @@ Rows = Annotated[
     int | None, typer.Option(metavar="N", help="Requests computed at the same time, or MQINFER_ROWS. Default: 128.")
 ]
 
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(metavar="PORT", help="Serve Prometheus metrics, or MQINFER_METRICS_PORT. Default: 0, not at all."),
+]
+MetricsAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Where to listen for that, or MQINFER_METRICS_ADDRESS. Default: 127.0.0.1; 0.0.0.0 is everywhere.",
+    ),
+]
+
 # Jobs
 
 Prompts = Annotated[

@@ -33,8 +33,13 @@ def make_report(
         stage=stage,
         clock_s=now_s(),
         values=values,
-        facts={"version": __version__, "python": platform.python_version(), "plan": plan.digest, **(facts or {})},
+        facts=actor_facts(plan, facts),
     )
+
+
+def actor_facts(plan: Plan, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What every actor says of itself in words, with `more` of its own."""
+    return {"version": __version__, "python": platform.python_version(), "plan": plan.digest, **(more or {})}
 
 
 def link_values(transport: Transport) -> dict[str, float]:

@@ -55,7 +55,7 @@ ROOMS = (
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues launch flags running systemd commands operate top console pipeline_view "
+        "__main__ cli cli_queues launch flags running systemd metrics commands operate top console pipeline_view "
         "embedded batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
@@ -68,6 +68,7 @@ HOMES = {
     "jinja2": "tokenizer",
     "msgpack": "wire_header",
     "numpy": "tensor_codec",
+    "prometheus_client": "metrics",
     "pydantic": "settings openai_bodies",
     "pydantic_settings": "settings",
     "rich": "console pipeline_view top",
