@@ -178,6 +178,8 @@ def worker(
     threads: flags.Threads = None,
     codec: flags.Codec = None,
     model: flags.LocalModel = None,
+    metrics_port: flags.MetricsPort = None,
+    metrics_address: flags.MetricsAddress = None,
     config: flags.Config = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
@@ -194,7 +196,8 @@ def worker(
     from mqinfer.settings import WorkerSettings
 
     given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
-    settings = load_settings(WorkerSettings, config, **given, codec=codec, log_level=log_level, log_json=log_json)
+    given |= {"metrics_port": metrics_port, "metrics_address": metrics_address, "log_json": log_json}
+    settings = load_settings(WorkerSettings, config, **given, codec=codec, log_level=log_level)
     run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
 
 
@@ -204,6 +207,8 @@ def coordinator(
     broker: flags.Broker = None,
     rows: flags.Rows = None,
     model: flags.LocalModel = None,
+    metrics_port: flags.MetricsPort = None,
+    metrics_address: flags.MetricsAddress = None,
     config: flags.Config = None,
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
@@ -219,23 +224,53 @@ def coordinator(
     from mqinfer.settings import CoordinatorSettings
 
     given = {"pipeline": pipeline, "broker": broker, "rows": rows, "log_level": log_level, "log_json": log_json}
+    given |= {"metrics_port": metrics_port, "metrics_address": metrics_address}
     settings = load_settings(CoordinatorSettings, config, **given)
     run(lambda stop: commands.coordinator(settings, model, stop=stop), stopped=0)
 
 
 @app.command()
-def status(pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None) -> None:
+def status(
+    pipeline: flags.Pipeline = None,
+    workers: flags.Workers = False,
+    as_json: flags.Json = False,
+    broker: flags.Broker = None,
+    config: flags.Config = None,
+) -> None:
     """Show each stage's queue, workers and rates.
 
-    And which stage the others wait for: start another worker there. Example:
+    And which stage the others wait for: start another worker there. Examples:
 
     \b
       mqinfer status -p pipeline.toml --broker amqp://guest:guest@localhost/
+      mqinfer status --workers -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
     from mqinfer import operate
 
     settings = operator(config, pipeline, broker)
-    run(lambda stop: unless_stopped(stop, operate.status(settings)))
+    run(lambda stop: unless_stopped(stop, operate.status(settings, workers=workers, as_json=as_json)))
+
+
+@app.command()
+def top(
+    pipeline: flags.Pipeline = None,
+    interval: flags.Interval = 2.0,
+    broker: flags.Broker = None,
+    config: flags.Config = None,
+) -> None:
+    """Watch a pipeline live: its stages, their workers, the hot one.
+
+    The stage that the others wait for is marked. q or Ctrl-C leaves. Where standard output is no terminal, it is
+    written once in every interval. While the broker is away it says so and goes on when it is back. Example:
+
+    \b
+      mqinfer top -p pipeline.toml --broker amqp://guest:guest@localhost/
+    """
+    from mqinfer import top as live
+    from mqinfer.settings import Settings
+
+    settings = load_settings(Settings, config, pipeline=pipeline, broker=broker, log_level="error")
+    run(lambda stop: live.watch(settings, interval, stop=stop), stopped=0)
 
 
 def main() -> None:

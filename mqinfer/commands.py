@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from mqinfer.link import Connect
 from mqinfer.observe import size
 from mqinfer.plan import Plan
 from mqinfer.queues import new_id
+from mqinfer.reports import actor_facts
 from mqinfer.running import INTERRUPTED, unless_stopped
 from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, WorkerSettings
 from mqinfer.tokenizer import Tokenizer
@@ -31,6 +32,8 @@ from mqinfer.transports.base import Transport
 if TYPE_CHECKING:
     from mqinfer.stage_compute import StageCompute
 
+#: Tells the metrics what their actor would report, and its facts.
+Attach = Callable[[Callable[[], Mapping[str, float]], Mapping[str, str]], None]
 #: Exit codes; also running.INTERRUPTED.
 ALL_ANSWERED, SOME_ERRORS, MORE_TO_COME = 0, 3, 4
 
@@ -257,10 +260,12 @@ async def worker(settings: WorkerSettings, stage: int, model: str | None, *, sto
     if not 0 <= stage < len(plan.stages):
         raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
     await unless_stopped(stop, _reach(settings))
-    compute = await unless_stopped(stop, asyncio.to_thread(_load_stage, plan, stage, model, settings))
-    serving = StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}"))
-    async with systemd.kept_informed(serving.pulse, stop):
-        await serving.run(stop)
+    with _measured(settings, plan, stage) as attach:
+        compute = await unless_stopped(stop, asyncio.to_thread(_load_stage, plan, stage, model, settings))
+        serving = StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}"))
+        attach(lambda: serving.values(), actor_facts(plan, compute.facts))
+        async with systemd.kept_informed(serving.pulse, stop):
+            await serving.run(stop)
     return 0
 
 
@@ -284,6 +289,23 @@ async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop:
     plan = read_plan(settings)
     tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
     coordinating = Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator"))
-    async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
-        await coordinating.run(stop)
+    with _measured(settings, plan) as attach:
+        attach(lambda: coordinating.values(), actor_facts(plan))
+        async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
+            await coordinating.run(stop)
     return 0
+
+
+@contextlib.contextmanager
+def _measured(settings: Settings, plan: Plan, stage: int | None = None) -> Iterator[Attach]:
+    """Metrics of a worker of `stage`, or of a coordinator, are served while the body runs, where a port is set."""
+    if not settings.metrics_port:
+        yield lambda values, facts: None
+        return
+    try:
+        from mqinfer import metrics
+    except ImportError as error:
+        raise SettingsError(f"--metrics-port needs mqinfer[metrics] ({error})") from error
+    made = metrics.CoordinatorMetrics(plan.name) if stage is None else metrics.WorkerMetrics(plan.name, stage)
+    with metrics.served(made, settings.metrics_address, settings.metrics_port):
+        yield made.attach

@@ -19,7 +19,6 @@ from mqinfer.checkpoint import StageCost
 from mqinfer.dead_letters import Letter
 from mqinfer.observe import STAGE_LOADED, add_sink, size
 from mqinfer.plan import Plan
-from mqinfer.survey import Rates, Survey
 
 #: How often the progress is drawn; and how often a line is written where it is not a terminal.
 DRAW_S = 0.25
@@ -38,10 +37,15 @@ def say(sentence: str) -> None:
 
 def show(title: str, table: Table) -> None:
     """Put a table on standard output."""
-    if not out.is_terminal:
-        out.width = PIPE_COLUMNS
+    widen_pipe()
     out.print(title, markup=False, soft_wrap=True)
     out.print(table)
+
+
+def widen_pipe() -> None:
+    """Where standard output is no terminal, nothing that is put there is cut off."""
+    if not out.is_terminal:
+        out.width = PIPE_COLUMNS
 
 
 def token_number(token: int) -> str:
@@ -49,7 +53,7 @@ def token_number(token: int) -> str:
     return f"token_id:{token}"
 
 
-def _table(*headings: str) -> Table:
+def make_table(*headings: str) -> Table:
     """The first column on the left, numbers on the right; no wider than it must be."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for at, heading in enumerate(headings):
@@ -59,7 +63,7 @@ def _table(*headings: str) -> Table:
 
 def show_plan(plan: Plan, costs: Sequence[StageCost]) -> None:
     """One line a stage: layers, parameters, bytes, share of the cost, KV bytes a token."""
-    table = _table("stage", "layers", "parameters", "bytes", "share of cost", "KV bytes/token")
+    table = make_table("stage", "layers", "parameters", "bytes", "share of cost", "KV bytes/token")
     for index, cost in enumerate(costs):
         table.add_row(
             str(index),
@@ -78,51 +82,9 @@ def layers(first: int, end: int) -> str:
     return f"[{first}, {end})"
 
 
-def show_status(plan: Plan, earlier: Survey, later: Survey) -> None:
-    """One line a queue, with rates from the counters of two surveys; then what is wrong, or where it is bound."""
-    table = _table("queue", "ready", "unacked", "consumers", "rows/s", "tokens/s", "busy", "KV used")
-    requests, dead = (str(state.ready) if state else "–" for state in (later.requests, later.dead))
-    table.add_row("requests", requests, str(later.in_flight()), str(len(later.coordinators())))
-    for stage, state in enumerate(later.stages):
-        ready = str(state.ready) if state else "–"
-        table.add_row(f"stage {stage}", ready, *_rates(later.rates(earlier, stage)))
-    table.add_row("dead letters", dead)
-    show(f"{plan.name}, digest {plan.digest}", table)
-    for sentence in _remarks(earlier, later):
-        out.print(sentence, markup=False, soft_wrap=True)
-
-
-def _rates(rates: Rates) -> tuple[str, ...]:
-    if not rates.workers:
-        return "–", "0"
-    return (
-        f"{rates.unacknowledged:.0f}",
-        str(rates.workers),
-        f"{rates.rows_per_s:.1f}",
-        f"{rates.tokens_per_s:.1f}",
-        f"{rates.busy:.0%}",
-        f"{rates.kv_used_bytes / max(rates.kv_budget_bytes, 1):.0%}",
-    )
-
-
-def _remarks(earlier: Survey, later: Survey) -> Iterator[str]:
-    bound = later.bound_stage(earlier)
-    if complaint := later.complaint():
-        yield complaint
-    elif bound is not None:
-        busy = later.rates(earlier, bound).busy
-        yield f"bound at stage {bound}: the others wait for it, its workers compute {busy:.0%} of the time"
-    else:
-        yield "nothing is under way"
-    if blocked_s := later.blocked_s():
-        yield f"the broker has blocked publishers for {blocked_s:.0f} s since they are linked: memory or disk alarm"
-    if later.dead is not None and later.dead.ready:
-        yield "dead letters are bodies that nobody could use: `mqinfer dead list` says why"
-
-
 def show_dead(name: str, letters: Sequence[Letter], total: int) -> None:
     """One line a dead letter, the oldest first."""
-    table = _table("number", "bytes", "kind", "from", "reason")
+    table = make_table("number", "bytes", "kind", "from", "reason")
     for column in table.columns[2:]:
         column.justify = "left"
     for letter in letters:

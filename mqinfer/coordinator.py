@@ -9,34 +9,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from mqinfer import __version__
+from mqinfer.coordinator_counts import CoordinatorCounts
 from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
-from mqinfer.messages import Ask, FinishReason, Probe, Report, Request, Result, StepDone, StepTaken
+from mqinfer.messages import Ask, Probe, Request, Result, StepDone, StepTaken
 from mqinfer.observe import (
     ACTOR_READY,
     COORDINATOR_DRAINED,
-    REQUEST_ENDED,
     REQUEST_REFUSED,
+    REQUESTS_SEEN,
     RESULT_UNCLAIMED,
-    ROW_REPLAYED,
+    STAGE_SEEN,
     WORKER_GONE,
     emit,
 )
 from mqinfer.plan import Plan
 from mqinfer.queues import PRIORITY_BEGUN, Topology, check_name, new_id, results
+from mqinfer.reports import link_values, make_report
 from mqinfer.requests import check_request, encoded, limits, refusal, result_of
 from mqinfer.rows import Decision, Ended, Forget, LiveRow, Replayed, Send
 from mqinfer.scheduler import Scheduler
 from mqinfer.settings import CoordinatorSettings
 from mqinfer.tokenizer import Tokenizer, find_stop
-from mqinfer.transports.base import Delivery, Transport
+from mqinfer.transports.base import Delivery, QueueState, Transport
 from mqinfer.verdicts import DEAD_LETTERS, FAILURE_ROWS
 from mqinfer.wire import decode, encode
 
@@ -62,12 +62,19 @@ class Coordinator:
         self._tokenizer = tokenizer
         self._settings = settings
         self._connect = connect
+        #: What it would report just now; nothing while it has no link. May be asked from any thread.
+        self.values: Callable[[], Mapping[str, float]] = dict
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until `stop` is set, then give back what is not finished. Raises: Refused at the first link."""
 
         async def session(transport: Transport) -> None:
-            await CoordinatorSession(self._plan, self._tokenizer, self._settings, transport).run(stop)
+            begun = CoordinatorSession(self._plan, self._tokenizer, self._settings, transport)
+            self.values = begun.values
+            try:
+                await begun.run(stop)
+            finally:
+                self.values = dict
 
         await keep_linked("coordinator", self._connect, session, stop)
 
@@ -102,7 +109,7 @@ class CoordinatorSession:
         )
         #: Requests in the inbox, by the round that they came in.
         self._unread: Counter[int] = Counter()
-        self._counts = {"results": 0, "failures": 0, "output_tokens": 0, "replays": 0, "replayed_tokens": 0}
+        self._counts = CoordinatorCounts()
         self._tasks: asyncio.TaskGroup
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -144,7 +151,7 @@ class CoordinatorSession:
             try:
                 message = decode(delivery.body)
             except DEAD_LETTERS as error:
-                await bury(self._transport, self._topology.dead, delivery, str(error))
+                await self._bury(delivery, str(error))
                 continue
             match message:
                 case Request():
@@ -161,7 +168,7 @@ class CoordinatorSession:
                 case Probe():
                     await delivery.ack()
                 case _:
-                    await bury(self._transport, self._topology.dead, delivery, f"a {type(message).__name__} here")
+                    await self._bury(delivery, f"a {type(message).__name__} here")
 
     def _clock_s(self) -> float:
         """The scheduler's clock: it stands still while the broker takes nothing; nothing is overdue for that."""
@@ -174,7 +181,7 @@ class CoordinatorSession:
         try:
             check_name(request.job)
         except SettingsError as error:  # there is nowhere to send even a failure
-            await bury(self._transport, self._topology.dead, delivery, f"the job: {error}")
+            await self._bury(delivery, f"the job: {error}")
             return
         lease = Lease(delivery, round_, now_s())
         try:
@@ -192,23 +199,16 @@ class CoordinatorSession:
         await self._publish_result(refusal(request, why))
         await lease.settle()
 
+    async def _bury(self, delivery: Delivery, reason: str) -> None:
+        await bury(self._transport, self._topology.dead, delivery, reason)
+        self._counts.values["dead_letters"] += 1
+
+    def values(self) -> dict[str, float]:
+        """See Coordinator.values."""
+        return self._counts.now(self._scheduler) | link_values(self._transport)
+
     async def _report(self, ask: Ask) -> None:
-        live = self._scheduler.microbatches
-        report = Report(
-            role="coordinator",
-            id=self.id,
-            host=socket.gethostname(),
-            stage=-1,
-            clock_s=now_s(),
-            values={
-                "rows": len(self._scheduler.rows),
-                "waiting": len(self._scheduler.waiting),
-                "microbatches": len(live),
-                "blocked_s": self._transport.blockage().total_s,
-                **self._counts,
-            },
-            facts={"version": __version__, "plan": self._plan.digest},
-        )
+        report = make_report("coordinator", self.id, self._plan, self.values())
         with contextlib.suppress(Unroutable):
             await self._transport.publish(ask.reply_to, encode(report))
 
@@ -228,15 +228,7 @@ class CoordinatorSession:
                 case Replayed():
                     if not decision.row.ready:
                         self._blamed.set()
-                    self._counts["replays"] += 1
-                    self._counts["replayed_tokens"] += decision.lost_tokens
-                    emit(
-                        ROW_REPLAYED,
-                        request=decision.row.request.id,
-                        reason=decision.reason.value,
-                        detail=decision.detail,
-                        lost_tokens=decision.lost_tokens,
-                    )
+                    self._counts.replayed(decision)
 
     async def _send(self, send: Send) -> None:
         body = encode(send.step)
@@ -265,16 +257,7 @@ class CoordinatorSession:
             await self._transport.publish(results(result.job).name, encoded(result), persistent=True)
         except Unroutable:  # its owner deleted the job while it ran
             emit(RESULT_UNCLAIMED, request=result.id, job=result.job)
-        failed = result.finish_reason is FinishReason.ERROR
-        self._counts["failures" if failed else "results"] += 1
-        self._counts["output_tokens"] += len(result.output)
-        emit(
-            REQUEST_ENDED,
-            request=result.id,
-            finish_reason=result.finish_reason.value,
-            prompt_tokens=result.prompt_tokens,
-            output_tokens=len(result.output),
-        )
+        self._counts.ended(result)
 
     # -- clocks --------------------------------------------------------------------------------
 
@@ -291,11 +274,17 @@ class CoordinatorSession:
                     if decisions:  # or it is looked again until what a suspect's worker does is known
                         emit(WORKER_GONE, queue=queue)
                     self._perform(decisions)
-            for stage in range(len(self._plan.stages)):
-                state = await self._transport.inspect(self._topology.stage(stage).name)
-                self._scheduler.consumers[stage] = state.consumers if state else 0
+            await self._look_at_queues()
             self._perform(self._scheduler.overdue(self._clock_s()))
             self._perform(self._scheduler.form(self._clock_s()))
+
+    async def _look_at_queues(self) -> None:
+        for stage in range(len(self._plan.stages)):
+            state = await self._transport.inspect(self._topology.stage(stage).name) or QueueState(0, 0)
+            self._scheduler.consumers[stage] = state.consumers
+            emit(STAGE_SEEN, stage=stage, ready=state.ready, consumers=state.consumers)
+        waiting = await self._transport.inspect(self._topology.requests.name) or QueueState(0, 0)
+        emit(REQUESTS_SEEN, ready=waiting.ready)
 
     async def _keep_leases(self) -> None:
         while True:

@@ -36,6 +36,14 @@ def check(name: str) -> None:
         raise SettingsError(f"the device {name!r} can't be used here: {reason}") from error
 
 
+def device_name(device: torch.device, root: Path = Path("/")) -> str:
+    """What people call it: the model of the GPU or of the CPU; "" where that can't be known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    named = (line.partition(":")[2].strip() for line in _lines(root / "proc/cpuinfo") if line.startswith("model name"))
+    return next(named, "") if device.type == "cpu" else ""
+
+
 def check_room(name: str, weight_bytes: int, kv_bytes: int) -> None:
     """Raises: SettingsError where the device has less memory free than both together."""
     free = free_bytes(name)

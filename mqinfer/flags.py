@@ -35,6 +35,14 @@ LogLevel = Annotated[
 LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON objects, or MQINFER_LOG_JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
+# Looking at a pipeline
+
+Workers = Annotated[bool, typer.Option("--workers", help="Each stage's workers under it.")]
+Json = Annotated[bool, typer.Option("--json", help="All that is known, as one JSON object.")]
+Interval = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0.1, show_default=False, help="How often it is looked. Default: 2.")
+]
+
 # Dead letters
 
 Number = Annotated[int, typer.Argument(metavar="N", min=1, help="A number of `mqinfer dead list`, as it is now.")]
@@ -97,6 +105,18 @@ Codec = Annotated[
 ]
 Rows = Annotated[
     int | None, typer.Option(metavar="N", help="Requests computed at the same time, or MQINFER_ROWS. Default: 128.")
+]
+
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(metavar="PORT", help="Serve Prometheus metrics, or MQINFER_METRICS_PORT. Default: 0, not at all."),
+]
+MetricsAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Where to listen for that, or MQINFER_METRICS_ADDRESS. Default: 127.0.0.1; 0.0.0.0 is everywhere.",
+    ),
 ]
 
 # Jobs

@@ -22,7 +22,9 @@ LINK_UNBLOCKED = "link.unblocked"  #: link, seconds
 # Workers
 STAGE_LOADED = "stage.loaded"  #: stage, layers, weight_bytes, peak_bytes, seconds, kv_bytes
 WORKER_DRAINED = "worker.drained"  #: given_back
-STEP_COMPUTED = "step.computed"  #: stage, microbatches, rows, tokens, seconds (debug)
+#: stage, microbatches, rows, tokens, seconds; waits_s (of each step, in this worker's hands); in_bytes, out_bytes (of
+#: bodies); hidden_bytes, packed_bytes (of the hidden states in them, before and after the codec) (debug)
+STEP_COMPUTED = "step.computed"
 ROW_MISSED = "row.missed"  #: row, epoch, stage, reason, detail
 COMPUTE_FAILED = "compute.failed"  #: stage, error
 BODY_REFUSED = "body.refused"  #: queue, reason, bytes
@@ -35,6 +37,8 @@ RESULT_UNCLAIMED = "result.unclaimed"  #: request, job
 CHECKPOINT_KEPT = "checkpoint.kept"  #: request, output_tokens (debug)
 CHECKPOINT_LATE = "checkpoint.late"  #: request
 WORKER_GONE = "worker.gone"  #: queue
+STAGE_SEEN = "stage.seen"  #: stage, ready, consumers: its shared queue, at each probe (debug)
+REQUESTS_SEEN = "requests.seen"  #: ready: what waits for any coordinator, at each probe (debug)
 COORDINATOR_DRAINED = "coordinator.drained"  #: given_back
 
 # Anything
@@ -42,7 +46,7 @@ ACTOR_READY = "actor.ready"  #: actor (its queue); it takes work
 ACTOR_STALLED = "actor.stalled"  #: seconds; compute, or whatever shows that it lives, does not answer
 ACTOR_FAILED = "actor.failed"  #: actor, error
 
-_DEBUG = frozenset({STEP_COMPUTED, CHECKPOINT_KEPT, REQUEST_ENDED})
+_DEBUG = frozenset({STEP_COMPUTED, CHECKPOINT_KEPT, REQUEST_ENDED, STAGE_SEEN, REQUESTS_SEEN})
 _WARNING = frozenset(
     {
         LINK_LOST,

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
-from mqinfer import console, survey
+from mqinfer import console, pipeline_view, survey
 from mqinfer.commands import ALL_ANSWERED, SOME_ERRORS, linked, read_plan
 from mqinfer.dead_letters import Letter, Taken, send_back, taken
 from mqinfer.errors import SettingsError, Unroutable
@@ -21,14 +21,17 @@ from mqinfer.transports.base import QueueState
 STATUS_S = 1.0
 
 
-async def status(settings: Settings) -> int:
-    """Print the table. The exit code."""
+async def status(settings: Settings, *, workers: bool, as_json: bool) -> int:
+    """Print the table, with the workers under each stage if asked for, or all of it for machines. The exit code."""
     plan = read_plan(settings)
     async with linked(settings, "status") as transport:
         earlier = await survey.take(transport, plan)
         await asyncio.sleep(STATUS_S)
         later = await survey.take(transport, plan)
-    console.show_status(plan, earlier, later)
+    if as_json:
+        console.out.print_json(data=pipeline_view.for_machines(plan, earlier, later), indent=2)
+    else:
+        pipeline_view.show(pipeline_view.status(plan, earlier, later, workers=workers))
     return 0
 
 

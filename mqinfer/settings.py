@@ -60,6 +60,10 @@ class Settings(BaseSettings):
     log_level: LogLevel = "info"
     #: Log lines as JSON, one object a line.
     log_json: bool = False
+    #: Where workers and coordinators serve Prometheus metrics; 0: nowhere.
+    metrics_port: int = Field(0, ge=0, le=65_535)
+    #: What they listen at for that: this machine alone, unless it is said.
+    metrics_address: str = "127.0.0.1"
 
     _in_file: ClassVar[Mapping[str, Any]] = {}
 

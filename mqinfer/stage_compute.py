@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mqinfer.codec_choice import CodecChoice
+from mqinfer.device import device_name
 from mqinfer.errors import ComputeError, WireError
 from mqinfer.messages import Miss, MissReason, Row, Step, StepDone
 from mqinfer.plan import Plan
@@ -36,12 +37,14 @@ class Outgoing:
     misses: tuple[Miss, ...] = ()
     #: How many rows it computed.
     computed: int = 0
+    #: Hidden states that go on: their bytes on the device, and packed.
+    hidden_bytes: int = 0
+    packed_bytes: int = 0
+    #: How they were packed, and how long that took.
+    codec: str = ""
+    pack_s: float = 0.0
     #: Where the step's tensor could not be read: why. The step itself belongs to the dead-letter queue then.
     unreadable: str = ""
-    #: Of the hidden states that go on: how they were packed, how large they are and how long that took.
-    codec: str = ""
-    tensor_bytes: int = 0
-    pack_s: float = 0.0
 
 
 class StageCompute:
@@ -64,6 +67,16 @@ class StageCompute:
 
     # -- asked from the event loop ---------------------------------------------------------------
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What it computes on and with, for reports."""
+        return {
+            "device": str(self._device),
+            "device_name": device_name(self._device),
+            "codec": self._codec,
+            "torch": str(torch.__version__),
+        }
+
     def fits(self, rows: Sequence[Row]) -> bool:
         """Whether these new rows can be admitted now."""
         return self.engine.fits(rows)
@@ -76,7 +89,7 @@ class StageCompute:
     def published(self, out: Outgoing, seconds: float) -> None:
         """The broker has confirmed it after so long: what `auto` chooses by."""
         if out.codec:
-            self._choice.note(out.codec, out.tensor_bytes, pack_s=out.pack_s, publish_s=seconds)
+            self._choice.note(out.codec, out.hidden_bytes, pack_s=out.pack_s, publish_s=seconds)
 
     # -- in the compute thread -------------------------------------------------------------------
 
@@ -133,8 +146,8 @@ class StageCompute:
         misses = step.misses + done.misses
         if done.hidden is None or not done.rows:
             return Outgoing(body=self._end(step, done, misses), ends=True, misses=done.misses, computed=len(done.rows))
-        tensor_bytes, began_s = done.hidden.nbytes, time.perf_counter()
-        codec = self._choice.choose(tensor_bytes) if self._codec == AUTO else self._codec
+        began_s = time.perf_counter()
+        codec = self._choice.choose(done.hidden.nbytes) if self._codec == AUTO else self._codec
         try:
             hidden = pack(done.hidden, codec)
         except ComputeError as error:  # not finite where the codec can't carry it
@@ -147,8 +160,9 @@ class StageCompute:
             misses=done.misses,
             computed=len(done.rows),
             codec=codec,
-            tensor_bytes=tensor_bytes,
             pack_s=time.perf_counter() - began_s,
+            hidden_bytes=done.hidden.nbytes,
+            packed_bytes=sum(map(len, hidden.blobs)),
         )
 
     def _refused(self, step: Step, error: WireError) -> Outgoing:

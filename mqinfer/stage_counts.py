@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 
-from mqinfer.messages import Miss, Step
+from mqinfer.messages import Miss
 from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, emit
+from mqinfer.stage_compute import Outgoing
+from mqinfer.stage_engine import StageEngine
+from mqinfer.stage_inbox import StageInbox, Taken
+
+#: What `tokens_per_s` is taken over.
+RATE_WINDOW_S = 10.0
 
 
 class StageCounts:
-    """Counters of one session; they only grow."""
+    """Counters of one session; they only grow. May be read from any thread."""
 
-    def __init__(self, stage: int) -> None:
+    def __init__(self, stage: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._stage = stage
+        self._clock = clock
         #: By name, units in the name: what `Report.values` carries.
         self.values: Counter[str] = Counter()
         #: Of the latest forward: its seconds, its positions.
         self.latest = (0.0, 0)
+        #: (when, positions) of the forwards of the last RATE_WINDOW_S.
+        self._recent: deque[tuple[float, int]] = deque()
 
-    def computed(self, steps: Sequence[Step], seconds: float) -> None:
-        """One forward over these steps took so long."""
-        rows = sum(len(step.rows) for step in steps)
-        tokens = sum(row.count for step in steps for row in step.rows)
-        self.latest = (seconds, tokens)
-        self.values.update({"forwards": 1, "steps": len(steps), "rows": rows, "tokens": tokens, "busy_s": seconds})
-        emit(STEP_COMPUTED, stage=self._stage, microbatches=len(steps), rows=rows, tokens=tokens, seconds=seconds)
+    def computed(self, taken: Sequence[Taken], outgoing: Sequence[Outgoing], began_s: float, ended_s: float) -> None:
+        """One forward over these steps; what came of each; when, on the event loop's clock."""
+        seconds = ended_s - began_s
+        counts = {
+            "rows": sum(len(item.step.rows) for item in taken),
+            "tokens": sum(row.count for item in taken for row in item.step.rows),
+            "in_bytes": sum(len(item.delivery.body) for item in taken),
+            "out_bytes": sum(len(out.body) for out in outgoing),
+            "hidden_bytes": sum(out.hidden_bytes for out in outgoing),
+            "packed_bytes": sum(out.packed_bytes for out in outgoing),
+        }
+        waits_s = [began_s - item.arrived_s for item in taken]
+        self.latest = (seconds, counts["tokens"])
+        self._recent.append((self._clock(), counts["tokens"]))
+        self._forget_old()
+        self.values.update({"forwards": 1, "steps": len(taken), "busy_s": seconds, "wait_s": sum(waits_s), **counts})
+        emit(STEP_COMPUTED, stage=self._stage, microbatches=len(taken), seconds=seconds, waits_s=waits_s, **counts)
 
-    @staticmethod
-    def missed(misses: Sequence[Miss]) -> None:
+    def missed(self, misses: Sequence[Miss]) -> None:
         """These rows were given up here."""
+        self.values["misses"] += len(misses)
         for miss in misses:
             emit(
                 ROW_MISSED,
@@ -39,3 +59,23 @@ class StageCounts:
                 reason=miss.reason.value,
                 detail=miss.detail,
             )
+
+    def now(self, engine: StageEngine, inbox: StageInbox) -> dict[str, float]:
+        """The counters, and what is the case just now."""
+        return {
+            "unacknowledged": len(inbox.own) + len(inbox.shared),
+            "kv_used_bytes": engine.kv_used_bytes,
+            "kv_budget_bytes": engine.kv_budget_bytes,
+            "cached_rows": engine.cached_rows,
+            "tokens_per_s": self.tokens_per_s(),
+            **self.values,
+        }
+
+    def tokens_per_s(self) -> float:
+        """New positions computed in a second, over the last RATE_WINDOW_S."""
+        oldest_s = self._clock() - RATE_WINDOW_S
+        return sum(tokens for at_s, tokens in list(self._recent) if at_s > oldest_s) / RATE_WINDOW_S
+
+    def _forget_old(self) -> None:
+        while self._recent[0][0] <= self._recent[-1][0] - RATE_WINDOW_S:
+            self._recent.popleft()

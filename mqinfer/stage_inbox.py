@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from mqinfer.link import publish_declared
+from mqinfer.link import now_s, publish_declared
 from mqinfer.messages import Step
 from mqinfer.observe import ACTOR_READY, emit
 from mqinfer.queues import QueueSpec
@@ -19,11 +19,20 @@ OWN_PREFETCH = 64
 PAUSE_S = 0.2
 
 
+class Arrived(NamedTuple):
+    """What came, not read yet."""
+
+    delivery: Delivery
+    #: On the event loop's clock.
+    at_s: float
+
+
 class Taken(NamedTuple):
     """A step in our hands."""
 
     step: Step
     delivery: Delivery
+    arrived_s: float
 
 
 def forwards(taken: Sequence[Taken]) -> list[list[Taken]]:
@@ -45,9 +54,9 @@ class StageInbox:
         self._closed = False
         self._tasks: asyncio.TaskGroup
         #: Later trips of microbatches that are cached here.
-        self.own: deque[Delivery] = deque()
+        self.own: deque[Arrived] = deque()
         #: First trips.
-        self.shared: deque[Delivery] = deque()
+        self.shared: deque[Arrived] = deque()
         #: Set when something came.
         self.arrived = asyncio.Event()
 
@@ -97,6 +106,6 @@ class StageInbox:
             self._shared.name, prefetch=1, sink=lambda delivery: self._store(self.shared, delivery)
         )
 
-    def _store(self, inbox: deque[Delivery], delivery: Delivery) -> None:
-        inbox.append(delivery)
+    def _store(self, inbox: deque[Arrived], delivery: Delivery) -> None:
+        inbox.append(Arrived(delivery, now_s()))
         self.arrived.set()

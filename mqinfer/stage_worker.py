@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
-from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
-from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step, StepTaken
+from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Step, StepTaken
 from mqinfer.observe import WORKER_DRAINED, emit
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
+from mqinfer.reports import link_values, make_report
 from mqinfer.settings import WorkerSettings
 from mqinfer.stage_compute import Outgoing, StageCompute, step_done
 from mqinfer.stage_counts import StageCounts
-from mqinfer.stage_inbox import StageInbox, Taken, forwards
+from mqinfer.stage_inbox import Arrived, StageInbox, Taken, forwards
 from mqinfer.transports.base import Delivery, Transport
 from mqinfer.verdicts import DEAD_LETTERS
 from mqinfer.wire import MAX_STEP_BYTES, decode, encode
@@ -54,6 +53,8 @@ class StageWorker:
         self._settings = settings
         self._connect = connect
         self._thread: ThreadPoolExecutor | None = None
+        #: What it would report just now; nothing while it has no link. May be asked from any thread.
+        self.values: Callable[[], Mapping[str, float]] = dict
 
     async def pulse(self) -> None:
         """Returns when the compute thread is free for a moment: not while a forward hangs. Idle, that is at once."""
@@ -67,7 +68,12 @@ class StageWorker:
             await asyncio.get_running_loop().run_in_executor(thread, self._compute.prepare_thread)
 
             async def session(transport: Transport) -> None:
-                await WorkerSession(self._plan, self._stage, self._compute, self._settings, transport, thread).run(stop)
+                begun = WorkerSession(self._plan, self._stage, self._compute, self._settings, transport, thread)
+                self.values = begun.values
+                try:
+                    await begun.run(stop)
+                finally:
+                    self.values = dict
 
             await keep_linked(f"worker of stage {self._stage}", self._connect, session, stop)
 
@@ -137,17 +143,17 @@ class WorkerSession:
         taken: list[Taken] = []
         tokens = 0
         while self._inbox.own and tokens < self._settings.merge_tokens:
-            item = await self._read(self._inbox.own.popleft())
+            item = await self._read(*self._inbox.own.popleft())
             if item is not None:
                 taken.append(item)
                 tokens += sum(row.count for row in item.step.rows)
         if self._inbox.shared and tokens < self._settings.merge_tokens:
-            item = await self._read(self._inbox.shared.popleft())
+            item = await self._read(*self._inbox.shared.popleft())
             if item is not None and await self._accept(item):
                 taken.append(item)
         return taken
 
-    async def _read(self, delivery: Delivery) -> Taken | None:
+    async def _read(self, delivery: Delivery, arrived_s: float) -> Taken | None:
         """The step in the delivery; everything else is dealt with here."""
         try:
             message = decode(delivery.body, limit_bytes=2 * MAX_STEP_BYTES)
@@ -155,9 +161,9 @@ class WorkerSession:
                 raise WireError(f"a {type(message).__name__} is not for a worker")
             if isinstance(message, Step):
                 await self._check(message)
-                return Taken(message, delivery)
+                return Taken(message, delivery, arrived_s)
         except DEAD_LETTERS as error:
-            await bury(self._transport, self._topology.dead, delivery, str(error))
+            await self._bury(delivery, str(error))
             return None
         if isinstance(message, Release):
             await self._in_thread(self._compute.engine.forget, message.owner, message.rows)
@@ -230,7 +236,7 @@ class WorkerSession:
         began_s = now_s()
         steps = [item.step for item in taken]
         outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing, self._counts.latest)
-        self._counts.computed(steps, now_s() - began_s)
+        self._counts.computed(taken, outgoing, began_s, now_s())
         return outgoing
 
     async def _publish(self, taken: Sequence[Taken], outgoing: Sequence[Outgoing]) -> None:
@@ -244,7 +250,7 @@ class WorkerSession:
                     await self._to_next(item.step, out)
                     self._compute.published(out, now_s() - began_s)
                 if out.unreadable:
-                    await bury(self._transport, self._topology.dead, item.delivery, out.unreadable)
+                    await self._bury(item.delivery, out.unreadable)
                 else:
                     await item.delivery.ack()
         finally:
@@ -285,6 +291,10 @@ class WorkerSession:
         self._counts.missed(missed)
         await self._to_owner(step.owner, encode(step_done(step, step.misses + beside + missed)))
 
+    async def _bury(self, delivery: Delivery, reason: str) -> None:
+        await bury(self._transport, self._topology.dead, delivery, reason)
+        self._counts.values["dead_letters"] += 1
+
     # -- the rest ------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
@@ -298,11 +308,11 @@ class WorkerSession:
         alarm.cancel()
         emit(WORKER_DRAINED, given_back=await self._give_back(self._inbox.own))
 
-    async def _give_back(self, inbox: deque[Delivery]) -> int:
+    async def _give_back(self, inbox: deque[Arrived]) -> int:
         """Microbatches on their first trip are put back, others end theirs here; how many rows that were."""
         rows = 0
         while inbox:
-            taken = await self._read(inbox.popleft())
+            taken = await self._read(*inbox.popleft())
             if taken is None:
                 continue
             rows += len(taken.step.rows)
@@ -324,24 +334,12 @@ class WorkerSession:
         await stop.wait()
         self._inbox.arrived.set()
 
+    def values(self) -> dict[str, float]:
+        """See StageWorker.values."""
+        return self._counts.now(self._compute.engine, self._inbox) | link_values(self._transport)
+
     async def _report(self, ask: Ask) -> None:
-        engine = self._compute.engine
-        report = Report(
-            role="worker",
-            id=self.id,
-            host=socket.gethostname(),
-            stage=self._stage,
-            clock_s=now_s(),
-            values={
-                "unacknowledged": len(self._inbox.own) + len(self._inbox.shared),
-                "kv_used_bytes": engine.kv_used_bytes,
-                "kv_budget_bytes": engine.kv_budget_bytes,
-                "cached_rows": engine.cached_rows,
-                "blocked_s": self._transport.blockage().total_s,
-                **self._counts.values,
-            },
-            facts={"version": __version__, "plan": self._plan.digest, "device": str(engine.device)},
-        )
+        report = make_report("worker", self.id, self._plan, self.values(), self._compute.facts, stage=self._stage)
         await self._to_owner(ask.reply_to, encode(report))
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:

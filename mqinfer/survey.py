@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mqinfer.errors import WireError
@@ -33,6 +33,14 @@ class Rates:
     busy: float
     kv_used_bytes: float
     kv_budget_bytes: float
+    #: Of a step in a worker's hands before its forward, in the mean.
+    wait_s: float
+    #: Rows of a forward, in the mean.
+    batch_rows: float
+    #: Bytes of the bodies passed on.
+    out_bytes_per_s: float
+    #: Hidden states passed on, bytes before the codec by bytes after it; 0 where none were.
+    compression: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,10 @@ class Survey:
 
     def rates(self, earlier: Survey, stage: int) -> Rates:
         """The stage's rates between two surveys; workers that did not answer both count only as present."""
-        workers = self.workers(stage)
+        return self.rates_of(earlier, self.workers(stage))
+
+    def rates_of(self, earlier: Survey, workers: Sequence[Report]) -> Rates:
+        """The same of these workers, which answered this survey."""
         both = [(earlier.reports[now.id], now) for now in workers if now.id in earlier.reports]
 
         def rate(name: str) -> float:
@@ -77,6 +88,9 @@ class Survey:
                 (now.values.get(name, 0.0) - then.values.get(name, 0.0)) / max(now.clock_s - then.clock_s, 1e-6)
                 for then, now in both
             )
+
+        def mean(name: str, of: str) -> float:
+            return rate(name) / rate(of) if rate(of) else 0.0
 
         def total(name: str) -> float:
             return sum(now.values.get(name, 0.0) for now in workers)
@@ -89,6 +103,10 @@ class Survey:
             busy=rate("busy_s") / max(len(both), 1),
             kv_used_bytes=total("kv_used_bytes"),
             kv_budget_bytes=total("kv_budget_bytes"),
+            wait_s=mean("wait_s", "steps"),
+            batch_rows=mean("rows", "forwards"),
+            out_bytes_per_s=rate("out_bytes"),
+            compression=mean("hidden_bytes", "packed_bytes"),
         )
 
     def bound_stage(self, earlier: Survey) -> int | None:

@@ -481,6 +481,40 @@ async def test_a_survey_sees_every_actor(fleet: Fleet, job: Job) -> None:
     assert seen.complaint() == ""
 
 
+async def test_actors_report_what_they_did_and_where(fleet: Fleet, job: Job) -> None:
+    for stage in (0, 1):
+        fleet.worker(stage)
+    fleet.coordinator()
+    await job.ask(20)
+    await job.gather()
+    topology = Topology(fleet.plan.name)
+    await job.transport.publish(topology.stage(1).name, b"garbage")
+    async with asyncio.timeout(PATIENCE_S):
+        while (
+            not (seen := await survey.take(job.transport, fleet.plan, wait_s=0.2))
+            .workers(1)[0]
+            .values.get("dead_letters")
+        ):
+            pass
+    (first_stage,), (last_stage,), (coordinator,) = seen.workers(0), seen.workers(1), seen.coordinators()
+    for report in (first_stage, last_stage):
+        values = report.values
+        assert values["tokens"] >= values["rows"] >= values["steps"] >= values["forwards"] > 0
+        assert values["tokens_per_s"] > 0
+        assert values["wait_s"] > 0
+        assert values["in_bytes"] > 0
+        assert report.facts["device"] == "cpu"
+        assert {"version", "python", "torch", "device_name", "codec"} <= report.facts.keys()
+    assert first_stage.values["out_bytes"] > first_stage.values["packed_bytes"] > 0
+    assert first_stage.values["hidden_bytes"] == first_stage.values["tokens"] * fleet.plan.hidden_size * 4
+    assert last_stage.values["hidden_bytes"] == 0
+    asked = job._asked.values()
+    assert coordinator.values["results"] == 20
+    assert coordinator.values["prompt_tokens"] == sum(len(request.prompt) for request in asked)
+    assert coordinator.values["output_tokens"] == sum(len(result.output) for result in job.results.values())
+    assert (coordinator.values["dead_letters"], coordinator.values["blocked"]) == (0, 0)
+
+
 async def test_a_survey_says_which_stage_nobody_serves(fleet: Fleet, job: Job) -> None:
     fleet.worker(0)
     coordinator = fleet.coordinator()

@@ -15,31 +15,24 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import typer
-from families import Tiny, save
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from command_line import PATIENCE_S, Ended, Process, rows, write_prompts
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 from mqinfer import cli, observe
 from mqinfer import plan as plans
-from mqinfer.checkpoint import make_plan
 from mqinfer.link import publish_declared
 from mqinfer.messages import Request
-from mqinfer.queues import Topology, new_id, results
+from mqinfer.queues import Topology, results
 from mqinfer.transports import open_transport
 from mqinfer.wire import encode
 
-PATIENCE_S = 60.0
 #: As on a machine where only `pip install mqinfer` was run, without the extra `worker`.
 WITHOUT_TORCH = """\
 import importlib.machinery, sys
@@ -51,100 +44,7 @@ main()
 """
 
 
-class Ended(NamedTuple):
-    """How a command ended and what it said."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of four layers whose tokens are characters."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save(Tiny(family="llama"), folder)
-    alphabet = {character: number for number, character in enumerate(["<unk>", *map(chr, range(32, 127))])}
-    raw = Tokenizer(models.BPE(vocab=alphabet, merges=[], unk_token="<unk>"))
-    raw.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def pipeline(model: Path, tmp_path: Path) -> Path:
-    """The file of a plan of two stages, under a name of its own."""
-    plan, _ = make_plan(str(model), stages=2, dtype="float32", name=new_id("cli"))
-    plans.write(plan, tmp_path / "pipeline.toml")
-    return tmp_path / "pipeline.toml"
-
-
-@pytest.fixture
-def prompts(tmp_path: Path) -> Path:
-    return write_prompts(tmp_path / "prompts.jsonl", 5)
-
-
-def write_prompts(path: Path, count: int, max_tokens: int = 4) -> Path:
-    lines = [{"custom_id": f"id-{i}", "prompt": f"prompt {i}", "max_tokens": max_tokens} for i in range(count)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 # As a process
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MQINFER_")}
-    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
-
-
-class Process:
-    """A command that runs; what it says goes to files, so that it can be waited for."""
-
-    def __init__(self, folder: Path, *arguments: object, program: tuple[str, ...] = ("-m", "mqinfer")) -> None:
-        name = new_id("process")
-        self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
-        command = [sys.executable, *program, *map(str, arguments)]
-        with self._out.open("wb") as out, self._err.open("wb") as err:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=environment(), start_new_session=True
-            )
-
-    def said(self, words: str) -> None:
-        """Returns when it has said that on standard error."""
-        self.until(lambda: words in self._err.read_text())
-
-    def until(self, condition: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert self.process.poll() is None, self._err.read_text()
-            assert time.monotonic() < deadline_s, self._err.read_text()
-            time.sleep(0.01)
-
-    def end(self, number: signal.Signals | None = None) -> Ended:
-        if number is not None:
-            self.process.send_signal(number)
-        code = self.process.wait(PATIENCE_S)
-        return Ended(code, self._out.read_text(), self._err.read_text())
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts commands as processes, which are gone after the test."""
-    started: list[Process] = []
-
-    def start(*arguments: object, **more: Any) -> Process:
-        started.append(Process(tmp_path, *arguments, **more))
-        return started[-1]
-
-    yield start
-    for running in started:
-        running.process.kill()
-        running.process.wait()
 
 
 def test_help_needs_no_library_but_the_command_line_s(start: Callable[..., Process]) -> None:

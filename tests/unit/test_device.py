@@ -88,3 +88,10 @@ def test_a_group_over_its_limit_has_nothing_free(tmp_path: Path) -> None:
     put(tmp_path, "sys/fs/cgroup/memory.max", "10\n")
     put(tmp_path, "sys/fs/cgroup/memory.current", "11\n")
     assert device.host_free_bytes(tmp_path) == 0
+
+
+def test_a_cpu_is_called_by_its_model_and_an_unknown_one_by_nothing(tmp_path: Path) -> None:
+    assert device.device_name(torch.device("cpu"), tmp_path) == ""
+    put(tmp_path, "proc/cpuinfo", "processor\t: 0\nmodel name\t: AMD EPYC 9R14\nprocessor\t: 1\nmodel name\t: other\n")
+    assert device.device_name(torch.device("cpu"), tmp_path) == "AMD EPYC 9R14"
+    assert device.device_name(torch.device("meta"), tmp_path) == ""

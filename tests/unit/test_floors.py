@@ -46,17 +46,17 @@ ROOMS = (
     Room("text", 2, "tokenizer"),
     Room("policy", 2, "batching codec_choice pacing verdicts partition rows scheduler"),
     Room("engine", 3, "stage_engine"),
-    Room("link", 3, "link"),
+    Room("link", 3, "link reports"),
     Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
-    Room("coordinator", 4, "coordinator leases requests"),
+    Room("coordinator", 4, "coordinator coordinator_counts leases requests"),
     Room("producer", 4, "producer"),
     Room("survey", 4, "survey"),
     Room("dead letters", 4, "dead_letters"),
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues launch flags running systemd commands operate console embedded "
-        "batch_files batch_output batch_rows batch_job openai_bodies",
+        "__main__ cli cli_queues launch flags running systemd metrics commands operate top console pipeline_view "
+        "embedded batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
 
@@ -68,9 +68,10 @@ HOMES = {
     "jinja2": "tokenizer",
     "msgpack": "wire_header",
     "numpy": "tensor_codec",
+    "prometheus_client": "metrics",
     "pydantic": "settings openai_bodies",
     "pydantic_settings": "settings",
-    "rich": "console",
+    "rich": "console pipeline_view top",
     "safetensors": "stage_weights",
     "structlog": "observe",
     "tenacity": "link",

@@ -40,6 +40,14 @@ def test_a_first_trip_goes_on_with_the_worker_on_its_route() -> None:
     assert onward.hidden.shape == (3, HIDDEN)
 
 
+def test_what_hidden_states_take_is_told_before_and_after_they_are_packed() -> None:
+    (out,) = compute(0, "int8").run([first_step()], "w0")
+    assert out.hidden_bytes == 3 * HIDDEN * 4
+    assert out.packed_bytes == 4 * HIDDEN + 3 * (2 * HIDDEN + 4 + HIDDEN)  # docs/wire.md
+    (end,) = compute(1).run([second_step(torch.ones(3, HIDDEN))], "w1")
+    assert (end.hidden_bytes, end.packed_bytes) == (0, 0)
+
+
 def test_a_later_trip_keeps_its_route() -> None:
     (out,) = compute(0).run([first_step(route=("w0", "w1"))], "w0")
     onward = decode(out.body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from fakes import make_plan
 
 from mqinfer import survey
@@ -44,6 +45,15 @@ def test_a_worker_that_answered_once_is_present_and_has_no_rate() -> None:
 def test_how_busy_a_stage_is_counts_only_workers_that_answered_twice() -> None:
     later = seen(worker("a", 0, 2.0, busy_s=1), worker("b", 0, 9.0, busy_s=5))
     assert later.rates(seen(worker("a", 0, 0.0, busy_s=0)), 0).busy == 0.5
+
+
+def test_means_are_over_what_happened_between_the_surveys() -> None:
+    before = {"rows": 10, "forwards": 10, "steps": 10, "wait_s": 99.0, "hidden_bytes": 5, "packed_bytes": 5}
+    after = {"rows": 50, "forwards": 20, "steps": 30, "wait_s": 101.0, "hidden_bytes": 35, "packed_bytes": 25}
+    rates = seen(worker("a", 0, 3.0, **after)).rates(seen(worker("a", 0, 1.0, **before)), 0)
+    assert (rates.batch_rows, rates.wait_s, rates.compression) == (4.0, pytest.approx(0.1), 1.5)
+    idle = seen(worker("a", 0, 3.0, **after)).rates(seen(worker("a", 0, 1.0, **after)), 0)
+    assert (idle.batch_rows, idle.wait_s, idle.compression) == (0.0, 0.0, 0.0)
 
 
 def test_two_answers_at_one_instant_divide_by_no_zero() -> None:

@@ -1,0 +1,99 @@
+"""What a worker counts and tells of its forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from fakes import FakeEngine, make_plan
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mqinfer.messages import Miss, MissReason, Row, Step
+from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, add_sink
+from mqinfer.queues import Topology
+from mqinfer.stage_compute import Outgoing
+from mqinfer.stage_counts import RATE_WINDOW_S, StageCounts
+from mqinfer.stage_inbox import StageInbox, Taken
+from mqinfer.transports.base import Transport
+from mqinfer.transports.memory import open_memory
+
+PLAN = make_plan("p")
+
+
+@dataclass(frozen=True, slots=True)
+class Came:
+    """A delivery of which only the body matters."""
+
+    body: bytes
+    queue: str = "q"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    redelivered: bool = False
+
+    async def ack(self) -> None: ...
+    async def requeue(self) -> None: ...
+
+
+@pytest.fixture
+def told() -> Iterator[list[tuple[str, Mapping[str, Any]]]]:
+    events: list[tuple[str, Mapping[str, Any]]] = []
+    forget = add_sink(lambda event, fields: events.append((event, fields)))
+    yield events
+    forget()
+
+
+def taken(counts: tuple[int, ...], body_bytes: int = 100, arrived_s: float = 0.0) -> Taken:
+    rows = tuple(Row(row=n, epoch=0, start=0, count=count, reserve=9) for n, count in enumerate(counts))
+    step = Step(plan="d", owner="c", microbatch=0, number=0, stage=0, rows=rows)
+    return Taken(step, Came(b"x" * body_bytes), arrived_s)
+
+
+def out(body_bytes: int, hidden_bytes: int = 0, packed_bytes: int = 0) -> Outgoing:
+    return Outgoing(b"y" * body_bytes, False, hidden_bytes=hidden_bytes, packed_bytes=packed_bytes)
+
+
+def inbox(transport: Transport) -> StageInbox:
+    return StageInbox(transport, Topology("p").worker("w"), Topology("p").stage(0))
+
+
+def test_a_forward_is_counted_with_its_rows_bytes_and_waits(told: list[tuple[str, Mapping[str, Any]]]) -> None:
+    counts = StageCounts(1)
+    steps = [taken((3, 1), arrived_s=10.0), taken((2,), 50, arrived_s=11.5)]
+    counts.computed(steps, [out(70, 400, 200), out(30, 100, 50)], 12.0, 12.25)
+    assert counts.latest == (0.25, 6)
+    expected = {"rows": 3, "tokens": 6, "in_bytes": 150, "out_bytes": 100, "hidden_bytes": 500, "packed_bytes": 250}
+    assert counts.values == {"forwards": 1, "steps": 2, "busy_s": 0.25, "wait_s": 2.5, **expected}
+    fields = {"stage": 1, "microbatches": 2, "seconds": 0.25, "waits_s": [2.0, 0.5], **expected}
+    assert told == [(STEP_COMPUTED, fields)]
+
+
+def test_rows_that_are_given_up_are_counted_and_told_each(told: list[tuple[str, Mapping[str, Any]]]) -> None:
+    counts = StageCounts(1)
+    counts.missed([Miss(row=n, epoch=0, stage=1, reason=MissReason.ROOM) for n in range(3)])
+    assert counts.values["misses"] == 3
+    assert [(event, fields["row"], fields["reason"]) for event, fields in told] == [
+        (ROW_MISSED, n, "room") for n in range(3)
+    ]
+
+
+async def test_a_worker_that_has_done_nothing_yet_reports_zeros_and_its_budget() -> None:
+    now = StageCounts(0).now(FakeEngine(PLAN, 0), inbox(open_memory("counts")))  # type: ignore[arg-type]
+    assert now["kv_budget_bytes"] == 10**9
+    assert {name for name, value in now.items() if value} == {"kv_budget_bytes"}
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 999)), max_size=20))
+def test_tokens_per_second_are_those_of_the_last_seconds(forwards: list[tuple[float, int]]) -> None:
+    forwards.sort()
+    now_s = 0.0
+    counts = StageCounts(0, clock=lambda: now_s)
+    for at_s, tokens in forwards:
+        now_s = at_s
+        counts.computed([taken((tokens,))], [out(1)], 0.0, 0.1)
+    now_s = 30.0
+    recent = sum(tokens for at_s, tokens in forwards if at_s > 30.0 - RATE_WINDOW_S)
+    assert counts.tokens_per_s() == pytest.approx(recent / RATE_WINDOW_S)
+    now_s = 30.0 + RATE_WINDOW_S
+    assert counts.tokens_per_s() == 0
