@@ -35,6 +35,9 @@ LogLevel = Annotated[
 LogJson = Annotated[bool | None, typer.Option("--log-json", help="Log lines as JSON objects, or MQINFER_LOG_JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
+Vhost = Annotated[str, typer.Option(metavar="NAME", show_default=False, help="The broker's vhost. Default: /.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output.")]
+
 # Dead letters
 
 Number = Annotated[int, typer.Argument(metavar="N", min=1, help="A number of `mqinfer dead list`, as it is now.")]
