@@ -13,7 +13,8 @@ Broker = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="amqp://user:password@host:port/vhost, or MQINFER_BROKER. Default: the local one, as guest.",
+        help="amqp://user:password@host:port/vhost, or @FILE that holds it, or MQINFER_BROKER. Default: the local "
+        "one, as guest.",
     ),
 ]
 Pipeline = Annotated[

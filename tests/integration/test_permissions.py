@@ -6,7 +6,10 @@ import asyncio
 import base64
 import hashlib
 import json
+import os
 import secrets
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from fakes import make_plan
 from fleet import PATIENCE_S, Fleet, Job
 from yarl import URL
 
+from mqinfer import plan as plans
 from mqinfer import survey
 from mqinfer.dead_letters import send_back, taken
 from mqinfer.errors import Forbidden
@@ -259,3 +263,45 @@ async def test_a_publish_that_is_forbidden_ends_the_link_with_the_brokers_words(
     with pytest.raises(Forbidden, match="access to exchange"):
         await link.closed()
     await link.close()
+
+
+#: Runs the command, then shows what any user of the machine, or its owner, sees of the process.
+SEEN = """\
+import atexit, pathlib
+from mqinfer.cli import main
+atexit.register(lambda: print(*(pathlib.Path("/proc/self", name).read_text() for name in ("cmdline", "environ"))))
+main()
+"""
+
+
+def run_command(url: str, folder: Path, *command: str, how: str) -> subprocess.CompletedProcess[str]:
+    """A command of the operator, whose broker comes from a flag's file or from systemd's credential."""
+    (folder / "broker").write_text(url)
+    plans.write(PLAN, folder / "pipeline.toml")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MQINFER_")}
+    given = ("--broker", f"@{folder}/broker") if how == "file" else ()
+    told = {"CREDENTIALS_DIRECTORY": str(folder)} if how == "credential" else {}
+    return subprocess.run(
+        [sys.executable, "-c", SEEN, *command, "-p", str(folder / "pipeline.toml"), *given],
+        env={**kept, **told, "MQINFER_LOG_LEVEL": "debug"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_S,
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="there is no /proc here")
+@pytest.mark.parametrize("how", ["file", "credential"])
+@pytest.mark.parametrize("right", [True, False])
+async def test_a_password_is_neither_seen_from_outside_nor_said(
+    declared: None, urls: Urls, tmp_path: Path, how: str, right: bool
+) -> None:
+    url = URL(urls["operator"])
+    url = url if right else url.with_password(secrets.token_hex(8))
+    ended = await asyncio.to_thread(run_command, str(url), tmp_path, "queues", "declare", how=how)
+    assert ended.returncode == (0 if right else 2), ended.stderr
+    assert ("wrong user or password" in ended.stderr) != right
+    assert "queues" in ended.stdout  # what is seen of the process
+    assert url.password is not None
+    assert url.password not in ended.stdout + ended.stderr
