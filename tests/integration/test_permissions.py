@@ -162,6 +162,17 @@ async def test_where_nobody_made_the_queues_a_worker_says_so(urls: Urls) -> None
     assert f"'{TOPOLOGY.dead.name}'" in str(first(raised.value))
 
 
+async def test_the_policies_reach_the_queues_that_they_are_for(declared: None, broker: Broker) -> None:
+    broker.ctl("import_definitions", str(Path(__file__).parents[2] / "deploy" / "policies.json"))
+    lines = broker.ctl("list_queues", "--quiet", "--no-table-headers", "name", "policy").splitlines()
+    policies = {name: policy for name, _, policy in (line.partition("\t") for line in lines)}
+    assert policies[TOPOLOGY.dead.name] == "mqinfer-dead"
+    assert policies[JOB.name] == "mqinfer-results"
+    assert {policies[spec.name] for spec in TOPOLOGY.shared(STAGES)[1:]} == {""}
+    for policy in ("mqinfer-dead", "mqinfer-results"):
+        broker.ctl("clear_policy", policy)
+
+
 async def nothing(delivery: Delivery) -> None:
     raise AssertionError("a delivery came")
 

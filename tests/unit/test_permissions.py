@@ -77,6 +77,20 @@ def test_no_user_has_a_right_on_another_pipeline(pipeline: str, other: str, stag
 
 
 @given(pipeline=PIPELINES, stages=st.integers(1, 12))
+def test_every_queue_is_behind_an_exchange_that_is_declared(pipeline: str, stages: int) -> None:
+    found = {exchange_of(name) for name in queues(pipeline, stages)}
+    assert found == set(Topology(pipeline).exchanges(stages))
+    assert found.isdisjoint(queues(pipeline, stages))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "bare-1", "mqinfer", "mqinfer.demo.worker.w1", "mqinfer.demo.other", "x.requests"]
+)
+def test_a_queue_that_is_not_ours_is_behind_the_default_exchange(name: str) -> None:
+    assert exchange_of(name) == ""
+
+
+@given(pipeline=PIPELINES, stages=st.integers(1, 12))
 def test_nobody_may_use_the_default_exchange(pipeline: str, stages: int) -> None:
     for user in users(pipeline, stages):
         assert allowed(user.write, ["amq.default", "amq.topic", ""]) == set()
