@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mqinfer.settings import Settings
 
 queues_app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Declare, purge or delete the queues of a pipeline."
+    no_args_is_help=True, rich_markup_mode=None, help="Declare, purge or delete the queues of a pipeline; its users."
 )
 dead_app = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Look at what nobody could use: list, requeue or purge it."
@@ -66,6 +66,28 @@ def queues_delete(
       mqinfer queues delete -p pipeline.toml --broker amqp://guest:guest@localhost/
     """
     _empty(operator(config, pipeline, broker), delete=True, yes=yes)
+
+
+@queues_app.command("permissions")
+def queues_permissions(
+    pipeline: flags.Pipeline = None,
+    vhost: flags.Vhost = "/",
+    as_json: flags.Json = False,
+    config: flags.Config = None,
+) -> None:
+    """Print the broker's users for a pipeline, each with the least rights.
+
+    One for the workers of each stage, for coordinators, for batch jobs, for its operator. Nothing is changed: it is a
+    shell script of rabbitmqctl, which asks for the passwords; or, with --json, what `rabbitmqctl import_definitions`
+    reads, for users that are there. Then the operator makes the queues, because workers may not. Example:
+
+    \b
+      mqinfer queues permissions -p pipeline.toml > users.sh && sudo sh users.sh
+      mqinfer queues declare -p pipeline.toml --broker amqp://NAME-operator:password@host/
+    """
+    from mqinfer import operate
+
+    operate.queues_permissions(operator(config, pipeline, None), vhost, as_json=as_json)
 
 
 def _empty(settings: Settings, *, delete: bool, yes: bool) -> None:

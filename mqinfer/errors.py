@@ -15,7 +15,8 @@ The second column is the verdict, as in the table `verdicts.FATES`; its words ar
     ├── ComputeError    miss    the forward pass raised, for this row alone
     │   └── OutOfMemory miss    the device has no memory left, for this row alone
     └── TransportError  retry   the broker did not take or bring it
-        ├── Refused     tell    the broker says no (login, vhost, permission)
+        ├── Refused     tell    the broker says no (login, vhost, a queue that differs)
+        │   └── Forbidden tell  the broker's user may not do this
         ├── Unroutable  miss    the queue does not exist: its owner is gone
         └── Disconnected retry  the connection is lost; unconfirmed publishes may or may not be there
 
@@ -72,6 +73,10 @@ class TransportError(MqinferError):
 
 class Refused(TransportError):
     """The broker refused the connection or the operation."""
+
+
+class Forbidden(Refused):
+    """The broker's user may not do this."""
 
 
 class Unroutable(TransportError):

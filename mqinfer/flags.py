@@ -13,7 +13,8 @@ Broker = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="amqp://user:password@host:port/vhost, or MQINFER_BROKER. Default: the local one, as guest.",
+        help="amqp://user:password@host:port/vhost, or @FILE that holds it, or MQINFER_BROKER. Default: the local "
+        "one, as guest.",
     ),
 ]
 Pipeline = Annotated[
@@ -38,10 +39,11 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 # Looking at a pipeline
 
 Workers = Annotated[bool, typer.Option("--workers", help="Each stage's workers under it.")]
-Json = Annotated[bool, typer.Option("--json", help="All that is known, as one JSON object.")]
+Json = Annotated[bool, typer.Option("--json", help="All that is known, as JSON on standard output.")]
 Interval = Annotated[
     float, typer.Option(metavar="SECONDS", min=0.1, show_default=False, help="How often it is looked. Default: 2.")
 ]
+Vhost = Annotated[str, typer.Option(metavar="NAME", show_default=False, help="The broker's vhost. Default: /.")]
 
 # Dead letters
 

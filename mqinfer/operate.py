@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Sequence
 
-from mqinfer import console, pipeline_view, survey
+from mqinfer import console, permissions, pipeline_view, survey
 from mqinfer.commands import ALL_ANSWERED, SOME_ERRORS, linked, read_plan
 from mqinfer.dead_letters import Letter, Taken, send_back, taken
 from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.queues import Topology
 from mqinfer.settings import Settings
-from mqinfer.transports.base import QueueState
+from mqinfer.transports.base import QueueState, Transport
 
 #: Between the two looks from which `status` takes its rates.
 STATUS_S = 1.0
@@ -36,13 +37,32 @@ async def status(settings: Settings, *, workers: bool, as_json: bool) -> int:
 
 
 async def queues_declare(settings: Settings) -> int:
-    """Make the queues that outlive every process. The exit code."""
+    """Make the queues that outlive every process, and all exchanges. The exit code."""
     plan = read_plan(settings)
     async with linked(settings, "queues") as transport:
-        for spec in Topology(plan.name).shared(len(plan.stages)):
-            await transport.declare(spec)
-            console.out.print(spec.name)
+        await declare_all(transport, Topology(plan.name), len(plan.stages))
+    for spec in Topology(plan.name).shared(len(plan.stages)):
+        console.out.print(spec.name)
     return 0
+
+
+async def declare_all(transport: Transport, topology: Topology, stages: int) -> None:
+    """Make all that actors need not be allowed to make. Raises: TransportError."""
+    await transport.declare_exchange(topology.control, fanout=True)
+    for exchange in topology.exchanges(stages):
+        await transport.declare_exchange(exchange)
+    for spec in topology.shared(stages):
+        await transport.declare(spec)
+
+
+def queues_permissions(settings: Settings, vhost: str, *, as_json: bool) -> None:
+    """Print who may do what on the broker."""
+    plan = read_plan(settings)
+    users = permissions.users(plan.name, len(plan.stages))
+    if as_json:
+        print(json.dumps(permissions.definitions(users, vhost), indent=2))
+    else:
+        print(permissions.commands(users, vhost))
 
 
 async def queues_contents(settings: Settings) -> dict[str, QueueState]:

@@ -1,12 +1,14 @@
 """One frozen settings class per actor: flags > environment (MQINFER_*) > file. The only reader of the environment.
 
 Every field says its unit in its name. A value that can't be used is a SettingsError that names the field. All actors
-may share one file: a key that none of them has is an error, another actor's is not.
+may share one file: a key that none of them has is an error, another actor's is not. The broker's URL holds a password:
+it may stand in a file of its own (`@FILE`), which is also how systemd's credential `broker` comes in, before the file.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -40,6 +42,28 @@ def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
+#: Characters of a secret.
+_LONGEST_SECRET = 4096
+
+
+def read_secret(value: Any) -> Any:
+    """What `@FILE` stands for: the one line of the file; anything else is itself. A secret is never quoted."""
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    file = Path(value[1:])
+    try:
+        with file.open(encoding="utf-8") as opened:
+            text = opened.read(_LONGEST_SECRET + 1).strip()
+    except OSError as error:
+        raise ValueError(f"can't read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} holds no text") from None
+    if not text or len(text.split()) > 1 or len(text) > _LONGEST_SECRET:
+        raise ValueError(f"{file} must hold one line, without spaces")
+    return text
+
+
+Secret = Annotated[str, BeforeValidator(read_secret)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
 
@@ -50,8 +74,8 @@ class Settings(BaseSettings):
     # An empty variable, as in an env file whose value was not filled in, is one that is not there.
     model_config = SettingsConfigDict(env_prefix="MQINFER_", env_ignore_empty=True, frozen=True, extra="ignore")
 
-    #: amqp://user:password@host:port/vhost, amqps://…, or memory://name.
-    broker: str = "amqp://guest:guest@localhost:5672/"
+    #: amqp://user:password@host:port/vhost, amqps://…, or memory://name; @FILE: what that file holds.
+    broker: Secret = Field("amqp://guest:guest@localhost:5672/", repr=False)
     #: The plan's file.
     pipeline: Path | None = None
     #: Half of what the broker waits for a sign of life, about.
@@ -76,8 +100,15 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then the environment, then the file."""
-        return init_settings, env_settings, InitSettingsSource(settings_cls, dict(cls._in_file))
+        """Flags, then the environment, then systemd's credential, then the file."""
+        later = [InitSettingsSource(settings_cls, dict(source)) for source in (_credential(), cls._in_file)]
+        return init_settings, env_settings, *later
+
+
+def _credential() -> dict[str, Any]:
+    """What systemd's `LoadCredential=broker:…` put there, if it did."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    return {"broker": f"@{folder}/broker"} if folder and Path(folder, "broker").exists() else {}
 
 
 class WorkerSettings(Settings):

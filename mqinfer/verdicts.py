@@ -15,6 +15,7 @@ from mqinfer.errors import (
     CacheMiss,
     ComputeError,
     Disconnected,
+    Forbidden,
     MqinferError,
     OutOfMemory,
     OutputError,
@@ -55,6 +56,7 @@ FATES: Mapping[type[MqinferError], Fate] = {
     OutOfMemory: Fate.MISS,
     TransportError: Fate.RETRY,
     Refused: Fate.TELL,
+    Forbidden: Fate.TELL,
     Unroutable: Fate.MISS,
     Disconnected: Fate.RETRY,
 }

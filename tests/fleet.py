@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from fakes import FakeEngine, FakeTokenizer
+from fakes import FakeEngine, FakeTokenizer, continuation
 
 from mqinfer.coordinator import Coordinator
+from mqinfer.messages import FinishReason, Request, Result
 from mqinfer.plan import Plan
-from mqinfer.queues import Topology
+from mqinfer.producer import Producer
+from mqinfer.queues import Topology, new_id
 from mqinfer.settings import CoordinatorSettings, WorkerSettings, load
 from mqinfer.stage_compute import StageCompute
 from mqinfer.stage_worker import StageWorker
@@ -65,15 +67,17 @@ class Fleet:
         self.plan = plan
         self.actors: list[Actor] = []
 
-    def coordinator(self, **settings: object) -> Actor:
-        actor = Actor(self.url)
+    def coordinator(self, *, url: str | None = None, **settings: object) -> Actor:
+        actor = Actor(url or self.url)
         options = load(CoordinatorSettings, **(QUICK | settings))
         actor.start(Coordinator(self.plan, FakeTokenizer(), options, actor.connect).run)  # type: ignore[arg-type]
         self.actors.append(actor)
         return actor
 
-    def worker(self, stage: int, *, drain_s: float = 5.0, plan: Plan | None = None, **fake: object) -> Actor:
-        actor = Actor(self.url)
+    def worker(
+        self, stage: int, *, drain_s: float = 5.0, plan: Plan | None = None, url: str | None = None, **fake: object
+    ) -> Actor:
+        actor = Actor(url or self.url)
         plan = plan or self.plan
         actor.engine = FakeEngine(plan, stage, **fake)  # type: ignore[arg-type]
         options = load(WorkerSettings, drain_s=drain_s)
@@ -90,6 +94,59 @@ class Fleet:
         for spec in Topology(self.plan.name).shared(len(self.plan.stages)):
             await transport.delete(spec.name)
         await transport.close()
+
+
+class Job:
+    """A job whose results are checked as they come."""
+
+    def __init__(self, fleet: Fleet, transport: Transport) -> None:
+        self.name = new_id("job")
+        self._fleet = fleet
+        self.transport = transport
+        self._producer = Producer(transport, Topology(fleet.plan.name), self.name)
+        self.results: dict[str, Result] = {}
+        self.repeats = 0
+        self._asked: dict[str, Request] = {}
+
+    async def ask(self, count: int, *, first: int = 0, prompt: int = 9, max_tokens: int = 6, **more: object) -> None:
+        await self._producer.open()
+        requests = [
+            Request(
+                id=f"{self.name}.{i}",
+                job=self.name,
+                plan=self._fleet.plan.digest,
+                prompt=tuple(3 + (7 * i + k) % 500 for k in range(1 + (prompt + i) % (2 * prompt))),
+                max_tokens=1 + (max_tokens + i) % (2 * max_tokens),
+                **more,  # type: ignore[arg-type]
+            )
+            for i in range(first, first + count)
+        ]
+        self._asked.update({request.id: request for request in requests})
+        await self._producer.submit(requests)
+
+    async def gather(self, count: int | None = None) -> None:
+        """Until so many results have come."""
+        wanted = len(self._asked) if count is None else count
+        if not self.results:
+            await self._producer.listen(prefetch=100)
+        async with asyncio.timeout(PATIENCE_S):
+            arrivals = self._producer.arrivals()
+            while len(self.results) < wanted:
+                for message, delivery in await anext(arrivals):
+                    assert isinstance(message, Result)
+                    self.repeats += message.id in self.results
+                    self.results[message.id] = message
+                    await delivery.ack()
+
+    def check(self) -> None:
+        """Every result is the fault-free one."""
+        for name, request in self._asked.items():
+            result = self.results[name]
+            assert result.finish_reason is FinishReason.LENGTH, result.error
+            assert list(result.output) == continuation(self._fleet.plan, request.prompt, request.max_tokens)
+
+    def failures(self) -> dict[str, Result]:
+        return {name: result for name, result in self.results.items() if result.finish_reason is FinishReason.ERROR}
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -8,6 +8,8 @@ A `Transport` is one actor's link to a broker and lives in one event loop.
   deliveries of a subscription are unsettled at any time. A queue's messages of one priority come in order.
 * A delivery is settled once, by `ack` or `requeue`. What is unsettled when the link ends (or was handed to a
   subscription that is cancelled and then requeued) is delivered again, with `redelivered` set, near its old place.
+* What the broker's user may not do is Forbidden. A queue that is there need not be ours to make: `declare` is content.
+  A publish that is forbidden ends the link: `closed()` raises Forbidden then.
 * A link that is lost is lost for good: `closed()` raises `Disconnected`, every call raises it, exclusive queues are
   gone. The actor opens a new transport and starts afresh; nothing reconnects under its feet. A consumer
   cancelled by the broker (queue deleted, consumer timeout) ends the link in the same way.
@@ -74,7 +76,10 @@ class Transport(Protocol):
     """One actor's link to the broker. See the module's docstring."""
 
     async def declare(self, spec: QueueSpec) -> None:
-        """Make the queue (and its fan-out exchange) if it is not there. Raises: Refused if it differs."""
+        """Make the queue (and its exchanges) if it is not there. Raises: Refused if it differs."""
+
+    async def declare_exchange(self, name: str, *, fanout: bool = False) -> None:
+        """Make the exchange if it is not there, ahead of its queues and for who may not make it. Raises: Forbidden."""
 
     async def publish(
         self,

@@ -150,6 +150,10 @@ class MemoryTransport:
         self.check()
         self.broker.declare(spec, self)
 
+    async def declare_exchange(self, name: str, *, fanout: bool = False) -> None:  # noqa: ARG002
+        """See base.Transport; every message finds its way here without."""
+        self.check()
+
     async def publish(
         self,
         queue: str,

@@ -17,8 +17,8 @@ from aio_pika.abc import AbstractChannel, AbstractExchange
 from aiormq.abc import AbstractChannel as RawChannel
 from aiormq.abc import DeliveredMessage
 
-from mqinfer.errors import Disconnected, Unroutable
-from mqinfer.queues import QueueSpec
+from mqinfer.errors import Disconnected, Forbidden, Unroutable
+from mqinfer.queues import QueueSpec, exchange_of
 from mqinfer.transports.base import Blockage, QueueState, Sink
 from mqinfer.transports.rabbitmq_connect import connect, parse
 from mqinfer.transports.rabbitmq_link import Link
@@ -166,15 +166,17 @@ class RabbitmqTransport:
             self._link.watch(await self._channel.get_underlay_channel(), "the publishing channel was closed")
 
     async def declare(self, spec: QueueSpec) -> None:
+        """See base.Transport. What another user has made for us to use, we need not be allowed to make."""
+        try:
+            await self._make_queue(spec)
+        except Forbidden as error:
+            await self._expect_queue(spec.name, error)
+        else:
+            await self._bind(spec)
+
+    async def declare_exchange(self, name: str, *, fanout: bool = False) -> None:
         """See base.Transport."""
-        # On the consuming connection, for an exclusive queue may be consumed only where it was declared.
-        async with self._link.throw_away_channel(spec.name) as channel:
-            await channel.queue_declare(
-                spec.name, durable=spec.durable, exclusive=spec.exclusive, arguments=_arguments(spec)
-            )
-            if spec.fanout is not None:
-                await channel.exchange_declare(spec.fanout, exchange_type="fanout", durable=True)
-                await channel.queue_bind(spec.name, spec.fanout)
+        await self._exchange(name, kind="fanout" if fanout else "direct")
 
     async def publish(
         self,
@@ -194,16 +196,16 @@ class RabbitmqTransport:
             priority=priority,
             expiration=ttl_s,
         )
+        exchange = await self._exchange(exchange_of(queue))
         async with self._link.border(queue, publishing=True):
-            await self._channel.default_exchange.publish(message, queue, mandatory=True)
+            await exchange.publish(message, queue, mandatory=True)
 
     async def broadcast(self, exchange: str, body: bytes) -> None:
         """See base.Transport."""
-        if exchange not in self._exchanges:
-            await self._declare_exchange(exchange)
         message = Message(body, delivery_mode=DeliveryMode.NOT_PERSISTENT)
+        fanout = await self._exchange(exchange, kind="fanout")
         async with self._link.border(publishing=True):
-            await self._exchanges[exchange].publish(message, "", mandatory=False)
+            await fanout.publish(message, "", mandatory=False)
 
     async def consume(self, queue: str, *, prefetch: int, sink: Sink) -> RabbitmqSubscription:
         """See base.Transport. Raises: Refused where another link owns the queue."""
@@ -243,10 +245,49 @@ class RabbitmqTransport:
         """See base.Transport."""
         await self._link.close()
 
-    async def _declare_exchange(self, exchange: str) -> None:
-        async with self._link.throw_away_channel(exchange) as channel:
-            await channel.exchange_declare(exchange, exchange_type="fanout", durable=True)
-        self._exchanges[exchange] = await self._channel.get_exchange(exchange, ensure=False)
+    async def _make_queue(self, spec: QueueSpec) -> None:
+        # On the consuming connection, for an exclusive queue may be consumed only where it was declared.
+        async with self._link.throw_away_channel(spec.name) as channel:
+            await channel.queue_declare(
+                spec.name, durable=spec.durable, exclusive=spec.exclusive, arguments=_arguments(spec)
+            )
+
+    async def _expect_queue(self, name: str, refusal: Forbidden) -> None:
+        """It is there already, or we may not even look, and whoever uses it will see. Raises: Forbidden."""
+        try:
+            is_there = await self.inspect(name) is not None
+        except Forbidden:
+            return
+        if not is_there:
+            raise refusal
+
+    async def _bind(self, spec: QueueSpec) -> None:
+        kinds = {exchange_of(spec.name): "direct", spec.fanout or "": "fanout"}
+        for exchange, kind in kinds.items():
+            if exchange:
+                await self._exchange(exchange, kind=kind)
+                async with self._link.throw_away_channel(spec.name) as channel:
+                    await channel.queue_bind(spec.name, exchange, spec.name if kind == "direct" else "")
+
+    async def _exchange(self, name: str, *, kind: str = "direct") -> AbstractExchange:
+        """The exchange, which is there: publishing to one that is not would cost us the channel."""
+        if not name:
+            return self._channel.default_exchange
+        if name not in self._exchanges:
+            await self._ensure_exchange(name, kind)
+            self._exchanges[name] = await self._channel.get_exchange(name, ensure=False)
+        return self._exchanges[name]
+
+    async def _ensure_exchange(self, name: str, kind: str) -> None:
+        # Looked for first: who uses it need not be allowed to make it. RabbitMQ 4.2.6 and 4.3.0 forbid the look too.
+        try:
+            async with self._link.throw_away_channel(name) as channel:
+                await channel.exchange_declare(name, passive=True)
+        except Unroutable:
+            async with self._link.throw_away_channel(name) as channel:
+                await channel.exchange_declare(name, exchange_type=kind, durable=True)
+        except Forbidden:
+            pass
 
 
 def _arguments(spec: QueueSpec) -> dict[str, Any]:
@@ -254,7 +295,7 @@ def _arguments(spec: QueueSpec) -> dict[str, Any]:
         "x-max-priority": spec.max_priority or None,
         "x-message-ttl": _ms(spec.message_ttl_s),
         "x-expires": _ms(spec.expires_s),
-        "x-dead-letter-exchange": None if spec.dead_letter_to is None else "",
+        "x-dead-letter-exchange": None if spec.dead_letter_to is None else exchange_of(spec.dead_letter_to),
         "x-dead-letter-routing-key": spec.dead_letter_to,
     }
     return {key: value for key, value in arguments.items() if value is not None}

@@ -17,7 +17,7 @@ from aiormq.abc import AbstractChannel as RawChannel
 from aiormq.abc import AbstractConnection as RawConnection
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
-from mqinfer.errors import Disconnected, Refused, Unroutable
+from mqinfer.errors import Disconnected, Forbidden, Refused, Unroutable
 from mqinfer.transports.rabbitmq_alarm import Gate, listen
 from mqinfer.transports.rabbitmq_connect import AbortableConnection
 
@@ -37,7 +37,7 @@ class Link:
         self.gate = Gate(name, timeout_s)
         self._timeout_s = timeout_s
         self._ended = asyncio.Event()
-        self._loss: Disconnected | None = None
+        self._loss: Disconnected | Forbidden | None = None
         self._closing: asyncio.Task[None] | None = None
         listen(_raw(publishing), self.gate)
         for connection in (publishing, consuming):
@@ -58,13 +58,15 @@ class Link:
 
         def on_closed(closing: asyncio.Future[Any]) -> None:
             cause = None if closing.cancelled() else closing.exception()
-            self.end(Disconnected(f"{what}: {cause}" if str(cause or "") else what), cause)
+            words = f"{what}: {cause}" if str(cause or "") else what
+            # A publish that is not allowed is answered by the end of its channel.
+            self.end(Forbidden(words) if isinstance(cause, ChannelAccessRefused) else Disconnected(words), cause)
 
         observer = closer.closing
         observer.add_done_callback(on_closed)
         return partial(observer.remove_done_callback, on_closed)
 
-    def end(self, loss: Disconnected | None, cause: BaseException | None = None) -> None:
+    def end(self, loss: Disconnected | Forbidden | None, cause: BaseException | None = None) -> None:
         """End the link, lost or (None) closed: what is unsettled goes back, exclusive queues vanish."""
         if self.has_ended:
             return
@@ -76,10 +78,10 @@ class Link:
         self._closing = asyncio.get_running_loop().create_task(self._close_connections())
 
     async def closed(self) -> None:
-        """Waits until the link ends. Raises: Disconnected if it was lost."""
+        """Waits until the link ends. Raises: Disconnected if it was lost, Forbidden if by what we may not do."""
         await self._ended.wait()
         if self._loss is not None:
-            raise Disconnected(str(self._loss)) from self._loss.__cause__
+            raise type(self._loss)(str(self._loss)) from self._loss.__cause__
 
     async def close(self) -> None:
         """End the link and wait, not for ever, until both connections are closed."""
@@ -105,7 +107,9 @@ class Link:
                 yield
         except (PublishError, ChannelNotFoundEntity) as error:
             raise Unroutable(f"the queue {queue} does not exist") from error
-        except (ChannelPreconditionFailed, ChannelLockedResource, ChannelAccessRefused) as error:
+        except ChannelAccessRefused as error:
+            raise Forbidden(f"the broker forbids this: {error}") from error
+        except (ChannelPreconditionFailed, ChannelLockedResource) as error:
             raise Refused(f"the broker refuses this for the queue {queue}: {error}") from error
         except asyncio.CancelledError as error:
             # aiormq cancels what waits when the connection is lost. If nobody cancelled this task, it is that.

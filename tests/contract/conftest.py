@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from link_harness import Inbox, Links, NewQueue
 
-from mqinfer.queues import QueueSpec, new_id
+from mqinfer.queues import QueueSpec, new_id, results
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Transport
 
@@ -29,7 +29,7 @@ async def new_queue(transport_url: str) -> AsyncIterator[NewQueue]:
     names: list[str] = []
 
     def make(**fields: Any) -> QueueSpec:
-        names.append(f"mqinfer.{new_id('test')}")
+        names.append(results(new_id("test")).name)  # behind an exchange, as every queue of ours is
         return QueueSpec(name=names[-1], **fields)
 
     yield make

@@ -9,70 +9,16 @@ from dataclasses import replace
 
 import pytest
 from fakes import continuation, make_plan
-from fleet import PATIENCE_S, Fleet, until
+from fleet import PATIENCE_S, Fleet, Job, until
 
 from mqinfer import coordinator, survey
 from mqinfer.errors import ComputeError, Refused
 from mqinfer.link import first
-from mqinfer.messages import FinishReason, MissReason, Request, Result, Row, Step
-from mqinfer.producer import Producer
+from mqinfer.messages import MissReason, Request, Row, Step
 from mqinfer.queues import Topology, new_id
 from mqinfer.transports import open_transport
-from mqinfer.transports.base import Delivery, Transport
+from mqinfer.transports.base import Delivery
 from mqinfer.wire import decode, encode
-
-
-class Job:
-    """A job whose results are checked as they come."""
-
-    def __init__(self, fleet: Fleet, transport: Transport) -> None:
-        self.name = new_id("job")
-        self._fleet = fleet
-        self.transport = transport
-        self._producer = Producer(transport, Topology(fleet.plan.name), self.name)
-        self.results: dict[str, Result] = {}
-        self.repeats = 0
-        self._asked: dict[str, Request] = {}
-
-    async def ask(self, count: int, *, first: int = 0, prompt: int = 9, max_tokens: int = 6, **more: object) -> None:
-        await self._producer.open()
-        requests = [
-            Request(
-                id=f"{self.name}.{i}",
-                job=self.name,
-                plan=self._fleet.plan.digest,
-                prompt=tuple(3 + (7 * i + k) % 500 for k in range(1 + (prompt + i) % (2 * prompt))),
-                max_tokens=1 + (max_tokens + i) % (2 * max_tokens),
-                **more,  # type: ignore[arg-type]
-            )
-            for i in range(first, first + count)
-        ]
-        self._asked.update({request.id: request for request in requests})
-        await self._producer.submit(requests)
-
-    async def gather(self, count: int | None = None) -> None:
-        """Until so many results have come."""
-        wanted = len(self._asked) if count is None else count
-        if not self.results:
-            await self._producer.listen(prefetch=100)
-        async with asyncio.timeout(PATIENCE_S):
-            arrivals = self._producer.arrivals()
-            while len(self.results) < wanted:
-                for message, delivery in await anext(arrivals):
-                    assert isinstance(message, Result)
-                    self.repeats += message.id in self.results
-                    self.results[message.id] = message
-                    await delivery.ack()
-
-    def check(self) -> None:
-        """Every result is the fault-free one."""
-        for name, request in self._asked.items():
-            result = self.results[name]
-            assert result.finish_reason is FinishReason.LENGTH, result.error
-            assert list(result.output) == continuation(self._fleet.plan, request.prompt, request.max_tokens)
-
-    def failures(self) -> dict[str, Result]:
-        return {name: result for name, result in self.results.items() if result.finish_reason is FinishReason.ERROR}
 
 
 @pytest.fixture

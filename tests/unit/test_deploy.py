@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,13 +30,17 @@ WORKER = DEPLOY / "mqinfer-worker@.service"
 COORDINATOR = DEPLOY / "mqinfer-coordinator.service"
 INSTALLED = "/opt/mqinfer/bin/mqinfer"
 
+UNIT_SUFFIXES = (".service", ".target", ".slice", ".timer")
+ENVIRONMENT = {"PATH": os.environ["PATH"]}
+
 #: systemd 254 brought them; an older one says so and goes on.
 NEWER_KEYS = ("RestartSteps", "RestartMaxDelaySec")
 
 
 def read_unit(path: Path) -> dict[str, list[str]]:
     """Key -> its values, over all sections."""
-    pairs = [line.split("=", 1) for line in path.read_text().splitlines() if re.match(r"[A-Z]\w+=", line)]
+    lines = path.read_text().replace("\\\n", "").splitlines()
+    pairs = [line.split("=", 1) for line in lines if re.match(r"[A-Z]\w+=", line)]
     return {key: [value for other, value in pairs if other == key] for key, _ in pairs}
 
 
@@ -54,38 +59,98 @@ def check_command(arguments: list[str]) -> None:
     command.make_context(arguments[0], rest, parent=context)
 
 
-def as_installed(unit: Path, folder: Path) -> Path:
-    """A copy of the unit whose program exists on this machine."""
-    copy = folder / unit.name
-    copy.write_text(unit.read_text().replace(INSTALLED, sys.executable))
-    return copy
+def as_installed(folder: Path, *drop_ins: str) -> None:
+    """Copies of all units whose programs exist on this machine; the drop-ins are the worker's."""
+    for unit in [*DEPLOY.glob("mqinfer*.*"), *(DEPLOY / "night").iterdir()]:
+        if unit.suffix in UNIT_SUFFIXES:
+            (folder / unit.name).write_text(unit.read_text().replace(INSTALLED, sys.executable))
+    for name in drop_ins:
+        (folder / f"{WORKER.name}.d").mkdir(exist_ok=True)
+        shutil.copy(DEPLOY / "drop-ins" / f"{name}.conf", folder / f"{WORKER.name}.d")
 
 
-@pytest.mark.parametrize("unit", [WORKER, COORDINATOR], ids=lambda unit: unit.stem)
-def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What systemd-analyze says."""
     if shutil.which("systemd-analyze") is None:
         if os.environ.get("CI"):
             pytest.fail("systemd-analyze is missing (apt-get install systemd)")
         pytest.skip("systemd-analyze is not on this machine")
-    done = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(as_installed(unit, tmp_path))],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+    return subprocess.run(
+        ["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60, check=False, env=ENVIRONMENT
     )
-    complaints = [line for line in done.stderr.splitlines() if not any(f"'{key}'" in line for key in NEWER_KEYS)]
-    assert (done.returncode, complaints) == (0, [])
 
 
-@pytest.mark.parametrize(("instance", "stage"), [("2", "2"), ("2-b", "2"), ("12-gpu-1", "12")])
-def test_the_stage_of_a_worker_unit_is_what_stands_before_the_first_dash(instance: str, stage: str) -> None:
+def complaints(folder: Path) -> list[str]:
+    """What systemd does not like in the units of a folder."""
+    units = sorted(str(unit) for unit in folder.iterdir() if unit.suffix in UNIT_SUFFIXES)
+    done = analyze("verify", "--man=no", *units)
+    lines = [line for line in done.stderr.splitlines() if not any(f"'{key}'" in line for key in NEWER_KEYS)]
+    return lines if lines or done.returncode == 0 else [f"exit code {done.returncode}"]
+
+
+def test_systemd_accepts_every_unit(tmp_path: Path) -> None:
+    as_installed(tmp_path)
+    assert complaints(tmp_path) == []
+
+
+@pytest.mark.parametrize("drop_in", sorted(path.stem for path in (DEPLOY / "drop-ins").iterdir()))
+def test_systemd_accepts_every_drop_in(drop_in: str, tmp_path: Path) -> None:
+    as_installed(tmp_path, drop_in)
+    assert complaints(tmp_path) == []
+
+
+def test_systemd_would_complain_of_a_drop_in(tmp_path: Path) -> None:
+    as_installed(tmp_path, "cpu")
+    (tmp_path / f"{WORKER.name}.d" / "cpu.conf").write_text("[Service]\nNoSuchKey=1\n")
+    assert "NoSuchKey" in "".join(complaints(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("unit", "drop_ins", "most"),
+    [
+        (WORKER, (), 1.7),
+        (WORKER, ("one-gpu",), 1.7),
+        (WORKER, ("cpu",), 1.3),
+        (WORKER, ("cpu", "network"), 1.2),
+        (COORDINATOR, (), 1.2),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else "+".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_sandbox_leaves_little_exposed(unit: Path, drop_ins: tuple[str, ...], most: float, tmp_path: Path) -> None:
+    as_installed(tmp_path, *drop_ins)
+    said = analyze("security", "--offline=yes", "--no-pager", str(tmp_path / unit.name)).stdout
+    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said)
+    assert found, said
+    assert float(found[1]) <= most
+
+
+@pytest.mark.parametrize(
+    ("instance", "stage", "device"),
+    [
+        ("2", "2", "preset"),
+        ("2-b", "2", "preset"),
+        ("12-gpu1", "12", "cuda:1"),
+        ("0-gpu10-b", "0", "cuda:10"),
+        ("3-cpu", "3", "cpu"),
+        ("3-cpu-b", "3", "cpu"),
+        ("3-cpus", "3", "preset"),
+        ("auto-gpu0", "auto", "cuda:0"),
+    ],
+)
+def test_an_instance_says_stage_and_device(instance: str, stage: str, device: str, tmp_path: Path) -> None:
+    program = tmp_path / "mqinfer"
+    program.write_text('#!/bin/sh\nprintenv MQINFER_DEVICE; echo "$@"\n')
+    program.chmod(0o755)
     (line,) = read_unit(WORKER)["ExecStart"]
-    for escaped, plain in (("$$", "$"), ("%i", instance), ("%%", "%"), (INSTALLED, "echo")):
+    for escaped, plain in (("$$", "$"), ("%i", instance), ("%%", "%"), (INSTALLED, str(program))):
         line = line.replace(escaped, plain)
-    said = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=10, check=True)  # noqa: S602
-    assert said.stdout.split() == ["worker", "--stage", stage]
-    check_command(said.stdout.split())
+    preset = ENVIRONMENT | {"MQINFER_DEVICE": "preset"}
+    said = subprocess.run(shlex.split(line), capture_output=True, text=True, timeout=10, check=True, env=preset).stdout
+    assert said.split() == [device, "worker", "--stage", stage]
+
+
+def test_the_worker_unit_runs_a_command_that_exists() -> None:
+    check_command(["worker", "--stage", "2"])
 
 
 def test_the_coordinator_unit_runs_a_command_that_exists() -> None:
@@ -119,15 +184,37 @@ def test_a_worker_is_not_killed_for_a_forward_that_its_coordinator_still_waits_f
 
 
 def test_the_sandbox_of_a_worker_leaves_it_the_gpu() -> None:
-    hiding = {"PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock", "MemoryDenyWriteExecute", "PrivateUsers"}
-    assert hiding & read_unit(WORKER).keys() == set()
+    keys = read_unit(WORKER)
+    assert {"PrivateDevices", "MemoryDenyWriteExecute", "PrivateUsers", "ProcSubset"} & keys.keys() == set()
+    assert keys["DevicePolicy"] == ["closed"]
+    assert {value.split()[0] for value in keys["DeviceAllow"]} == {"char-nvidia*", "char-drm", "char-kfd"}
+    assert "@resources" not in " ".join(value for value in keys["SystemCallFilter"] if value.startswith("~"))
+
+
+@pytest.mark.parametrize("unit", [WORKER, COORDINATOR], ids=lambda unit: unit.stem)
+def test_the_brokers_password_comes_as_a_credential_and_in_no_other_way(unit: Path) -> None:
+    keys = read_unit(unit)
+    (credential,) = keys["LoadCredential"]
+    assert credential.startswith("broker:/etc/mqinfer/")  # the name that settings look for
+    assert "amqp" not in " ".join(keys["Environment"] + keys["ExecStart"])
+    assert "MQINFER_BROKER" not in (DEPLOY / "mqinfer.env.example").read_text()
+
+
+def test_stopping_the_target_stops_every_actor_and_starting_it_starts_them() -> None:
+    for unit in (WORKER, COORDINATOR):
+        keys = read_unit(unit)
+        assert keys["PartOf"] == keys["WantedBy"] == ["mqinfer.target"]
+        assert keys["Slice"] == ["mqinfer.slice"]
+    assert read_unit(DEPLOY / "night" / "mqinfer-night.timer")["Unit"] == ["mqinfer.target"]
+    assert read_unit(DEPLOY / "night" / "mqinfer-day.timer")["Unit"] == ["mqinfer-day.target"]
+    assert read_unit(DEPLOY / "night" / "mqinfer-day.target")["Conflicts"] == ["mqinfer.target"]
 
 
 def test_every_variable_of_the_example_is_a_setting() -> None:
     names = set(re.findall(r"MQINFER_([A-Z_]+)=", (DEPLOY / "mqinfer.env.example").read_text()))
     known = {name.upper() for name in settings.WorkerSettings.model_fields}
     assert names <= known
-    assert {"BROKER", "PIPELINE", "DEVICE", "KV_BYTES"} <= names
+    assert {"PIPELINE", "DEVICE", "KV_BYTES"} <= names
 
 
 def test_compose_runs_a_coordinator_and_each_stage_of_its_plan_once() -> None:

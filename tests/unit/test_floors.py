@@ -33,7 +33,7 @@ class Room:
 #: Rooms of one floor are blind to each other.
 ROOMS = (
     Room("words", 0, "__init__ errors observe"),
-    Room("what travels", 1, "messages wire wire_fields wire_header queues plan settings families"),
+    Room("what travels", 1, "messages wire wire_fields wire_header queues permissions plan settings families"),
     Room("codec", 2, "tensor_codec"),
     Room(
         "transports",

@@ -15,7 +15,7 @@ from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, Worke
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith("MQINFER_"):
+        if name.startswith("MQINFER_") or name == "CREDENTIALS_DIRECTORY":
             monkeypatch.delenv(name)
 
 
@@ -151,3 +151,69 @@ def test_every_codec_of_the_settings_can_pack_and_none_is_missing() -> None:
 def test_settings_can_not_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(Settings).broker = "amqp://other/"  # type: ignore[misc]
+
+
+SECRET = "amqp://user:pass-word-7f3a@host/"
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret"
+    path.write_text(f"{SECRET}\n")
+    return path
+
+
+@pytest.fixture
+def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As systemd's LoadCredential=broker:… hands it over."""
+    folder = tmp_path / "credentials"
+    folder.mkdir()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+    (folder / "broker").write_text("amqp://credential/")
+    return folder / "broker"
+
+
+def test_the_broker_may_stand_in_a_file_of_its_own(
+    secret: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f'broker = "@{secret}"\n')
+    assert load(Settings, broker=f"@{secret}").broker == SECRET
+    assert load(Settings, file=settings).broker == SECRET
+    assert "broker" in load(Settings, file=settings).model_fields_set
+    monkeypatch.setenv("MQINFER_BROKER", f"@{secret}")
+    assert load(Settings).broker == SECRET
+
+
+def test_a_credential_of_systemd_goes_after_the_environment_and_before_the_file(
+    credential: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(Settings, file=file).broker == "amqp://credential/"
+    monkeypatch.setenv("MQINFER_BROKER", "amqp://environment/")
+    assert load(Settings, file=file).broker == "amqp://environment/"
+
+
+def test_credentials_of_another_kind_change_nothing(credential: Path, file: Path) -> None:
+    credential.rename(credential.with_name("other"))
+    assert load(Settings, file=file).broker == "amqp://file/"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"pass-word-7f3a x\n", b"pass-word-7f3a\nx\n", b"\xffpass-word-7f3a", b"pass-word-7f3a" * 400],
+)
+def test_a_file_that_holds_no_url_is_refused_without_quoting_it(secret: Path, content: bytes) -> None:
+    secret.write_bytes(content)
+    with pytest.raises(SettingsError) as refused:
+        load(Settings, broker=f"@{secret}")
+    assert str(secret) in str(refused.value)
+    assert "pass-word" not in str(refused.value)
+
+
+def test_a_file_for_the_broker_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="nowhere: No such file"):
+        load(Settings, broker=f"@{tmp_path}/nowhere")
+
+
+def test_settings_that_are_printed_do_not_show_the_broker(secret: Path) -> None:
+    assert "pass-word" not in repr(load(Settings, broker=f"@{secret}")) + str(load(Settings, broker=SECRET))

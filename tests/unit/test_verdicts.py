@@ -44,6 +44,7 @@ FATE_OF = {
     "OutOfMemory": "miss",
     "TransportError": "retry",
     "Refused": "tell",
+    "Forbidden": "tell",
     "Unroutable": "miss",
     "Disconnected": "retry",
 }
