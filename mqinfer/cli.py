@@ -177,6 +177,7 @@ def worker(
     kv_bytes: flags.KvBytes = None,
     threads: flags.Threads = None,
     codec: flags.Codec = None,
+    instance: flags.Instance = None,
     model: flags.LocalModel = None,
     config: flags.Config = None,
     log_level: flags.LogLevel = None,
@@ -194,7 +195,8 @@ def worker(
     from mqinfer.settings import WorkerSettings
 
     given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
-    settings = load_settings(WorkerSettings, config, **given, codec=codec, log_level=log_level, log_json=log_json)
+    logs = {"log_level": log_level, "log_json": log_json}
+    settings = load_settings(WorkerSettings, config, **given, codec=codec, instance=instance, **logs)
     run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mqinfer import __version__
+from mqinfer.coordinator_load import load_of
 from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
@@ -193,7 +194,6 @@ class CoordinatorSession:
         await lease.settle()
 
     async def _report(self, ask: Ask) -> None:
-        live = self._scheduler.microbatches
         report = Report(
             role="coordinator",
             id=self.id,
@@ -203,8 +203,9 @@ class CoordinatorSession:
             values={
                 "rows": len(self._scheduler.rows),
                 "waiting": len(self._scheduler.waiting),
-                "microbatches": len(live),
+                "microbatches": len(self._scheduler.microbatches),
                 "blocked_s": self._transport.blockage().total_s,
+                **load_of(self._settings),
                 **self._counts,
             },
             facts={"version": __version__, "plan": self._plan.digest},

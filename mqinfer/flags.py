@@ -76,6 +76,12 @@ LocalModel = Annotated[
         "--model", metavar="PATH", help="The checkpoint's folder on this machine, if not where the plan says."
     ),
 ]
+Instance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="What an autoscaler shall call it, such as 2-auto1, or MQINFER_INSTANCE. Default: none."
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 …, or MQINFER_DEVICE. Default: cpu.")
 ]

@@ -79,6 +79,8 @@ class Settings(BaseSettings):
 class WorkerSettings(Settings):
     """A stage worker's."""
 
+    #: The name that it was started under, as K-N of mqinfer-worker@K-N: told in its reports, for who starts and stops.
+    instance: str = Field("", max_length=200)
     #: Where the layers live: cpu, cuda, cuda:0 and so on.
     device: str = "cpu"
     #: The most that keys and values may take.

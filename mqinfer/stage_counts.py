@@ -25,6 +25,8 @@ class StageCounts:
         tokens = sum(row.count for step in steps for row in step.rows)
         self.latest = (seconds, tokens)
         self.values.update({"forwards": 1, "steps": len(steps), "rows": rows, "tokens": tokens, "busy_s": seconds})
+        # From these two and the sums above follows what of a forward's time grows with its positions (forecast.fit).
+        self.values.update({"tokens_squared": tokens**2, "token_busy_s": tokens * seconds})
         emit(STEP_COMPUTED, stage=self._stage, microbatches=len(steps), rows=rows, tokens=tokens, seconds=seconds)
 
     @staticmethod

@@ -338,7 +338,8 @@ class WorkerSession:
                 "blocked_s": self._transport.blockage().total_s,
                 **self._counts.values,
             },
-            facts={"version": __version__, "plan": self._plan.digest, "device": str(engine.device)},
+            facts={"version": __version__, "plan": self._plan.digest, "device": str(engine.device)}
+            | {"instance": self._settings.instance},
         )
         await self._to_owner(ask.reply_to, encode(report))
 

@@ -47,10 +47,10 @@ ROOMS = (
     Room("policy", 2, "batching pacing verdicts partition rows scheduler forecast scaling"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
+    Room("survey", 3, "survey"),
     Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
-    Room("coordinator", 4, "coordinator leases requests"),
+    Room("coordinator", 4, "coordinator coordinator_load leases requests"),
     Room("producer", 4, "producer"),
-    Room("survey", 4, "survey"),
     Room("dead letters", 4, "dead_letters"),
     Room(
         "doors",
