@@ -1,7 +1,8 @@
 """The command line: reads flags, calls `commands`, turns errors into a sentence and an exit code. Nothing else.
 
 What a command needs is imported when it runs, so that `--help` is there at once, and so that a command without compute
-can say so (`hide_torch`) before transformers looks for torch. Commands on queues and dead letters are cli_queues.py.
+can say so (`hide_torch`) before transformers looks for torch. Commands on queues and dead letters are cli_queues.py,
+those that scale stages cli_scaling.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mqinfer import __version__, flags
+from mqinfer import __version__, cli_scaling, flags
 from mqinfer.cli_queues import dead_app, queues_app
 from mqinfer.errors import MqinferError, SettingsError
 from mqinfer.launch import hide_torch, load_settings, operator, run
@@ -238,6 +239,9 @@ def status(pipeline: flags.Pipeline = None, broker: flags.Broker = None, config:
 
     settings = operator(config, pipeline, broker)
     run(lambda stop: unless_stopped(stop, operate.status(settings)))
+
+
+cli_scaling.add_to(app)
 
 
 def main() -> None:

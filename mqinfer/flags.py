@@ -104,6 +104,50 @@ Rows = Annotated[
     int | None, typer.Option(metavar="N", help="Requests computed at the same time, or MQINFER_ROWS. Default: 128.")
 ]
 
+# Scaling
+
+AdviceWindow = Annotated[
+    str | None,
+    typer.Option("--window", metavar="TIME", help="Look for so long, or MQINFER_WINDOW_S. Default: 10s."),
+]
+StageLimits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limits", metavar="K=A:B", help="Stage K may have A to B workers; for each stage once, or MQINFER_LIMITS."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of sentences.")]
+Min = Annotated[
+    int | None,
+    typer.Option("--min", metavar="N", help="Workers of each stage at least, or MQINFER_MIN_CONSUMERS. Default: 1."),
+]
+Max = Annotated[
+    int | None,
+    typer.Option("--max", metavar="N", help="Workers of each stage at most, or MQINFER_MAX_CONSUMERS. Default: 4."),
+]
+Cooldown = Annotated[
+    str | None,
+    typer.Option(
+        "--cooldown", metavar="TIME", help="Leave a stage alone for so long, or MQINFER_COOLDOWN_S. Default: 60s."
+    ),
+]
+BySystemd = Annotated[
+    bool | None, typer.Option("--systemd", help="By systemctl, mqinfer-worker@STAGE-N here, or MQINFER_SYSTEMD.")
+]
+Up = Annotated[
+    str | None, typer.Option("--up", metavar="COMMAND", help="Or by this command a worker is started, or MQINFER_UP.")
+]
+Down = Annotated[
+    str | None, typer.Option("--down", metavar="COMMAND", help="And by this one it is stopped, or MQINFER_DOWN.")
+]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--host", metavar="NAME", help="Where --up may start one; several times, or MQINFER_HOSTS."),
+]
+DryRun = Annotated[
+    bool | None, typer.Option("--dry-run", help="Log what would be done and do nothing, or MQINFER_DRY_RUN.")
+]
+
 # Jobs
 
 Prompts = Annotated[

@@ -311,12 +311,13 @@ class Hysteresis:
         self._confirm = confirm
         self._cooldown_s = cooldown_s
         self._said: list[tuple[Change, int | None]] = []
-        self._changed_s: dict[int, float] = {}
+        self._held_until_s: dict[int, float] = {}
 
     def lasting(self, advice: Advice, now_s: float) -> bool:
         """Whether to act on the advice now, of any clock that goes forward; then this counts as done."""
         said = (advice.change, advice.stage)
-        if advice.change is Change.NONE or advice.stage is None or self.cooling(advice.stage, now_s):
+        held = now_s < self._held_until_s.get(-1 if advice.stage is None else advice.stage, float("-inf"))
+        if advice.change is Change.NONE or advice.stage is None or held:
             self._said.clear()
             return False
         self._said = [*self._said, said] if self._said[-1:] == [said] else [said]
@@ -326,10 +327,10 @@ class Hysteresis:
         return True
 
     def changed(self, stage: int, now_s: float) -> None:
-        """The stage has other consumers now: what was said before counts no more, and it is left alone for a while."""
-        self._said.clear()
-        self._changed_s[stage] = now_s
+        """The stage has other consumers now: it is left alone for a cool-down."""
+        self.hold(stage, now_s + self._cooldown_s)
 
-    def cooling(self, stage: int, now_s: float) -> bool:
-        """Whether the stage is left alone."""
-        return now_s < self._changed_s.get(stage, float("-inf")) + self._cooldown_s
+    def hold(self, stage: int, until_s: float) -> None:
+        """Leave the stage alone until then; what was said before counts no more."""
+        self._said.clear()
+        self._held_until_s[stage] = until_s

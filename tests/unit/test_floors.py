@@ -51,12 +51,13 @@ ROOMS = (
     Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
     Room("coordinator", 4, "coordinator coordinator_load leases requests"),
     Room("producer", 4, "producer"),
+    Room("autoscaler", 4, "autoscaler actuators"),
     Room("dead letters", 4, "dead_letters"),
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues launch flags running systemd commands operate console embedded "
-        "batch_files batch_output batch_rows batch_job openai_bodies",
+        "__main__ cli cli_queues cli_scaling launch flags running systemd commands operate console embedded "
+        "advice_words batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
 
@@ -77,7 +78,7 @@ HOMES = {
     "torch": "tensor_codec stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device "
     "stage_engine stage_compute",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
-    "typer": "cli cli_queues launch flags",
+    "typer": "cli cli_queues cli_scaling launch flags",
     "uvloop": "running",
     "xxhash": "wire",
     "yarl": "transports.rabbitmq_connect",
