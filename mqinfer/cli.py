@@ -1,7 +1,8 @@
 """The command line: reads flags, calls `commands`, turns errors into a sentence and an exit code. Nothing else.
 
 What a command needs is imported when it runs, so that `--help` is there at once, and so that a command without compute
-can say so (`hide_torch`) before transformers looks for torch. Commands on queues and dead letters are cli_queues.py.
+can say so (`hide_torch`) before transformers looks for torch. Commands on queues and dead letters are cli_queues.py,
+those that scale stages cli_scaling.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from mqinfer import __version__, flags
+from mqinfer import __version__, cli_scaling, flags
 from mqinfer.cli_queues import dead_app, queues_app
 from mqinfer.errors import MqinferError, SettingsError
 from mqinfer.launch import hide_torch, load_settings, operator, run
@@ -177,6 +178,7 @@ def worker(
     kv_bytes: flags.KvBytes = None,
     threads: flags.Threads = None,
     codec: flags.Codec = None,
+    instance: flags.Instance = None,
     model: flags.LocalModel = None,
     metrics_port: flags.MetricsPort = None,
     metrics_address: flags.MetricsAddress = None,
@@ -196,8 +198,8 @@ def worker(
     from mqinfer.settings import WorkerSettings
 
     given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
-    given |= {"metrics_port": metrics_port, "metrics_address": metrics_address, "log_json": log_json}
-    settings = load_settings(WorkerSettings, config, **given, codec=codec, log_level=log_level)
+    given |= {"metrics_port": metrics_port, "metrics_address": metrics_address, "codec": codec, "instance": instance}
+    settings = load_settings(WorkerSettings, config, **given, log_level=log_level, log_json=log_json)
     run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
 
 
@@ -271,6 +273,9 @@ def top(
 
     settings = load_settings(Settings, config, pipeline=pipeline, broker=broker, log_level="error")
     run(lambda stop: live.watch(settings, interval, stop=stop), stopped=0)
+
+
+cli_scaling.add_to(app)
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from mqinfer import checkpoint, console, systemd
 from mqinfer import plan as plans
+from mqinfer.actuators import Actuator, Commands, Systemd
+from mqinfer.autoscaler import Autoscaler
 from mqinfer.batch_files import LineReader, count_lines
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
 from mqinfer.batch_output import OutputFile, Ticket
@@ -24,7 +26,7 @@ from mqinfer.plan import Plan
 from mqinfer.queues import new_id
 from mqinfer.reports import actor_facts
 from mqinfer.running import INTERRUPTED, unless_stopped
-from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, WorkerSettings
+from mqinfer.settings import AutoscalerSettings, BatchSettings, CoordinatorSettings, Settings, WorkerSettings
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Transport
@@ -309,3 +311,28 @@ def _measured(settings: Settings, plan: Plan, stage: int | None = None) -> Itera
     made = metrics.CoordinatorMetrics(plan.name) if stage is None else metrics.WorkerMetrics(plan.name, stage)
     with metrics.served(made, settings.metrics_address, settings.metrics_port):
         yield made.attach
+
+
+async def autoscale(settings: AutoscalerSettings, *, stop: asyncio.Event) -> int:
+    """Scale stages. The exit code."""
+    scaling = Autoscaler(read_plan(settings), settings, connecting(settings, "autoscaler"), _actuator(settings))
+    async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
+        await scaling.run(stop)
+    return 0
+
+
+def _actuator(settings: AutoscalerSettings) -> Actuator | None:
+    """How it acts; None: not at all. Raises: SettingsError."""
+    if settings.systemd + bool(settings.up or settings.down) + settings.dry_run == 0:
+        raise SettingsError("say how to start and stop workers: --systemd, or --up and --down; or --dry-run")
+    if settings.systemd and (settings.up or settings.down):
+        raise SettingsError("either --systemd, or --up and --down")
+    if bool(settings.up) != bool(settings.down):
+        raise SettingsError("--up and --down go together: what is started must be stopped some day")
+    timeout_s = settings.command_timeout_s
+    acting: Actuator | None = None
+    if settings.up:
+        acting = Commands(settings.up, settings.down, hosts=settings.hosts, timeout_s=timeout_s)
+    elif settings.systemd:
+        acting = Systemd(timeout_s=timeout_s)
+    return None if settings.dry_run else acting

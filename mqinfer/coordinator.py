@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from mqinfer.coordinator_counts import CoordinatorCounts
+from mqinfer.coordinator_load import load_of
 from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
@@ -208,7 +209,7 @@ class CoordinatorSession:
         return self._counts.now(self._scheduler) | link_values(self._transport)
 
     async def _report(self, ask: Ask) -> None:
-        report = make_report("coordinator", self.id, self._plan, self.values())
+        report = make_report("coordinator", self.id, self._plan, self.values() | load_of(self._settings))
         with contextlib.suppress(Unroutable):
             await self._transport.publish(ask.reply_to, encode(report))
 

@@ -86,6 +86,12 @@ LocalModel = Annotated[
         "--model", metavar="PATH", help="The checkpoint's folder on this machine, if not where the plan says."
     ),
 ]
+Instance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="What an autoscaler shall call it, such as 2-auto1, or MQINFER_INSTANCE. Default: none."
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 …, or MQINFER_DEVICE. Default: cpu.")
 ]
@@ -119,6 +125,48 @@ MetricsAddress = Annotated[
         metavar="ADDRESS",
         help="Where to listen for that, or MQINFER_METRICS_ADDRESS. Default: 127.0.0.1; 0.0.0.0 is everywhere.",
     ),
+]
+# Scaling
+
+AdviceWindow = Annotated[
+    str | None,
+    typer.Option("--window", metavar="TIME", help="Look for so long, or MQINFER_WINDOW_S. Default: 10s."),
+]
+StageLimits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limits", metavar="K=A:B", help="Stage K may have A to B workers; for each stage once, or MQINFER_LIMITS."
+    ),
+]
+Min = Annotated[
+    int | None,
+    typer.Option("--min", metavar="N", help="Workers of each stage at least, or MQINFER_MIN_CONSUMERS. Default: 1."),
+]
+Max = Annotated[
+    int | None,
+    typer.Option("--max", metavar="N", help="Workers of each stage at most, or MQINFER_MAX_CONSUMERS. Default: 4."),
+]
+Cooldown = Annotated[
+    str | None,
+    typer.Option(
+        "--cooldown", metavar="TIME", help="Leave a stage alone for so long, or MQINFER_COOLDOWN_S. Default: 60s."
+    ),
+]
+BySystemd = Annotated[
+    bool | None, typer.Option("--systemd", help="By systemctl, mqinfer-worker@STAGE-N here, or MQINFER_SYSTEMD.")
+]
+Up = Annotated[
+    str | None, typer.Option("--up", metavar="COMMAND", help="Or by this command a worker is started, or MQINFER_UP.")
+]
+Down = Annotated[
+    str | None, typer.Option("--down", metavar="COMMAND", help="And by this one it is stopped, or MQINFER_DOWN.")
+]
+Hosts = Annotated[
+    list[str] | None,
+    typer.Option("--host", metavar="NAME", help="Where --up may start one; several times, or MQINFER_HOSTS."),
+]
+DryRun = Annotated[
+    bool | None, typer.Option("--dry-run", help="Log what would be done and do nothing, or MQINFER_DRY_RUN.")
 ]
 
 # Jobs

@@ -41,6 +41,12 @@ STAGE_SEEN = "stage.seen"  #: stage, ready, consumers: its shared queue, at each
 REQUESTS_SEEN = "requests.seen"  #: ready: what waits for any coordinator, at each probe (debug)
 COORDINATOR_DRAINED = "coordinator.drained"  #: given_back
 
+# Autoscalers
+SCALE_DECIDED = "scale.decided"  #: change, stage, why, gain, acts, dry_run, and the numbers it rests on (debug: no act)
+SCALE_ACTED = "scale.acted"  #: change, stage, instance, host, seconds; the command is through
+SCALE_SETTLED = "scale.settled"  #: change, stage, instance, host, seconds; the consumer came or went
+SCALE_FAILED = "scale.failed"  #: change, stage, error, retry_s
+
 # Anything
 ACTOR_READY = "actor.ready"  #: actor (its queue); it takes work
 ACTOR_STALLED = "actor.stalled"  #: seconds; compute, or whatever shows that it lives, does not answer
@@ -57,6 +63,7 @@ _WARNING = frozenset(
         CHECKPOINT_LATE,
         WORKER_GONE,
         REQUEST_REFUSED,
+        SCALE_FAILED,
     }
 )
 _ERROR = frozenset({COMPUTE_FAILED, ACTOR_STALLED, ACTOR_FAILED})
@@ -136,7 +143,7 @@ def _level(name: str) -> int:
 
 
 def _severity(event: str, fields: Mapping[str, Any]) -> int:
-    if event in _DEBUG:
+    if event in _DEBUG or (event == SCALE_DECIDED and not fields.get("acts")):
         return logging.DEBUG
     if event == ROW_MISSED and fields.get("reason") in _ORDINARY_MISSES:
         return logging.INFO

@@ -10,16 +10,21 @@ import contextlib
 import json
 from collections.abc import Sequence
 
-from mqinfer import console, permissions, pipeline_view, survey
+from mqinfer import console, permissions, pipeline_view, scaling, survey
+from mqinfer.advice_words import as_object, sentences
+from mqinfer.autoscaler import stage_limits
 from mqinfer.commands import ALL_ANSWERED, SOME_ERRORS, linked, read_plan
 from mqinfer.dead_letters import Letter, Taken, send_back, taken
 from mqinfer.errors import SettingsError, Unroutable
+from mqinfer.link import now_s
 from mqinfer.queues import Topology
-from mqinfer.settings import Settings
+from mqinfer.settings import AutoscalerSettings, Settings
 from mqinfer.transports.base import QueueState, Transport
 
 #: Between the two looks from which `status` takes its rates.
 STATUS_S = 1.0
+#: How often `advise` looks while it looks.
+ADVICE_LOOK_S = 2.0
 
 
 async def status(settings: Settings, *, workers: bool, as_json: bool) -> int:
@@ -33,6 +38,28 @@ async def status(settings: Settings, *, workers: bool, as_json: bool) -> int:
         console.out.print_json(data=pipeline_view.for_machines(plan, earlier, later), indent=2)
     else:
         pipeline_view.show(pipeline_view.status(plan, earlier, later, workers=workers))
+    return 0
+
+
+async def advise(settings: AutoscalerSettings, *, as_json: bool) -> int:
+    """Look for a while, then print which stage should have a worker more or less. The exit code."""
+    plan = read_plan(settings)
+    bounds = stage_limits(settings, len(plan.stages))
+    limits = {stage: bounds[stage] for stage in settings.limits}
+    async with linked(settings, "advise") as transport:
+        surveys = [await survey.take(transport, plan)]
+        end_s = now_s() + settings.window_s
+        while now_s() < end_s:
+            await asyncio.sleep(min(ADVICE_LOOK_S, max(end_s - now_s(), 0)))
+            surveys.append(await survey.take(transport, plan))
+    window = survey.window(surveys)
+    advice = await asyncio.to_thread(scaling.advise, window, limits)
+    if as_json:
+        console.out.print(json.dumps(as_object(advice, window)), markup=False, soft_wrap=True)
+    elif not (surveys[-1].reports or window.blocked):
+        console.out.print(f"no worker and no coordinator of {plan.name} answers: is this the plan that they serve?")
+    else:
+        console.out.print(sentences(advice, window), markup=False, soft_wrap=True)
     return 0
 
 

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from mqinfer.errors import SettingsError
 
@@ -64,6 +70,37 @@ def read_secret(value: Any) -> Any:
 
 
 Secret = Annotated[str, BeforeValidator(read_secret)]
+
+
+def parse_seconds(value: Any) -> Any:
+    """ "10s", "2m", "1h" or a plain number, as seconds; anything else is left for the validator to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", value.lower(), re.ASCII)
+    if match is None:
+        raise ValueError("write a time such as 10s or 2m")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def parse_limits(value: Any) -> Any:
+    """ "2=1:8,3=0:2", or a list of such: by stage, its least and its most consumers."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return value
+    found = {}
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)=(\d+):(\d+)\s*", str(part), re.ASCII)
+        if match is None:
+            raise ValueError("write limits as STAGE=LEAST:MOST, such as 2=1:8")
+        found[int(match[1])] = (int(match[2]), int(match[3]))
+    return found
+
+
+def _words(value: Any) -> Any:
+    return [word for word in re.split(r"[\s,]+", value) if word] if isinstance(value, str) else value
+
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
 
@@ -114,6 +151,8 @@ def _credential() -> dict[str, Any]:
 class WorkerSettings(Settings):
     """A stage worker's."""
 
+    #: The name that it was started under, as K-N of mqinfer-worker@K-N: told in its reports, for who starts and stops.
+    instance: str = Field("", max_length=200)
     #: Where the layers live: cpu, cuda, cuda:0 and so on.
     device: str = "cpu"
     #: The most that keys and values may take.
@@ -149,6 +188,38 @@ class CoordinatorSettings(Settings):
     probe_s: float = Field(1.0, gt=0)
     #: After so long without an end a trip is given up and its rows are replayed.
     step_timeout_s: float = Field(180.0, gt=0)
+
+
+class AutoscalerSettings(Settings):
+    """An autoscaler's."""
+
+    #: Consumers that every stage has at least and at most; an autoscaler takes away no stage's last one in any case.
+    min_consumers: int = Field(1, ge=0, le=10_000)
+    max_consumers: int = Field(4, ge=1, le=10_000)
+    #: Of single stages instead: by stage, least and most.
+    limits: Annotated[dict[int, tuple[int, int]], NoDecode, BeforeValidator(parse_limits)] = Field(default_factory=dict)
+    #: Over how long it is looked before something is advised, and how often.
+    window_s: Seconds = 10.0
+    look_s: Seconds = 5.0
+    #: How often in a row the same must be advised.
+    confirm: int = Field(3, ge=1, le=100)
+    #: How long a stage is left alone after a change, from when the consumer has come or gone.
+    cooldown_s: Seconds = 60.0
+    #: How long a consumer may take to come (it reads its weights) or to go (it drains).
+    patience_s: Seconds = 900.0
+    #: How long actors may take to answer a survey.
+    answer_s: Seconds = 0.5
+    #: Start and stop instances of mqinfer-worker@.service on this host.
+    systemd: bool = False
+    #: Commands that start and stop a consumer: {stage}, {n}, {instance} (STAGE-N) and {host} are filled in.
+    up: str = ""
+    down: str = ""
+    #: Where `up` may start one.
+    hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ()
+    #: How long a command may take.
+    command_timeout_s: Seconds = 60.0
+    #: Say what would be done and do nothing.
+    dry_run: bool = False
 
 
 class BatchSettings(Settings):

@@ -339,7 +339,8 @@ class WorkerSession:
         return self._counts.now(self._compute.engine, self._inbox) | link_values(self._transport)
 
     async def _report(self, ask: Ask) -> None:
-        report = make_report("worker", self.id, self._plan, self.values(), self._compute.facts, stage=self._stage)
+        facts = self._compute.facts | {"instance": self._settings.instance}
+        report = make_report("worker", self.id, self._plan, self.values(), facts, stage=self._stage)
         await self._to_owner(ask.reply_to, encode(report))
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:

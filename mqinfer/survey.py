@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from mqinfer.errors import WireError
 from mqinfer.messages import Ask, Report
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
+from mqinfer.scaling import StageSeen, Window, Worked
 from mqinfer.transports.base import Delivery, QueueState, Transport
 from mqinfer.wire import decode, encode
 
@@ -126,6 +128,71 @@ class Survey:
             return "no coordinator answers: start one with `mqinfer coordinator`"
         missing = [str(k) for k in range(len(self.stages)) if not self.workers(k)]
         return f"no worker serves stage {', '.join(missing)}" if missing else ""
+
+
+def window(surveys: Sequence[Survey]) -> Window:
+    """What several surveys, the oldest first, show of the time between the first and the last of them."""
+    first, last = surveys[0], surveys[-1]
+
+    def gauge(name: str) -> float:
+        return fmean(sum(one.values.get(name, 0.0) for one in each.coordinators()) for each in surveys)
+
+    return Window(
+        stages=tuple(_seen(surveys, stage) for stage in range(len(last.stages))),
+        coordinators=len(last.coordinators()),
+        requests=last.requests.ready if last.requests else 0,
+        rows=gauge("rows"),
+        waiting=gauge("waiting"),
+        microbatches=gauge("microbatches"),
+        microbatch_rows=max((one.values.get("microbatch_rows", 0.0) for one in last.coordinators()), default=0.0),
+        coordinator_busy=max(
+            (
+                _grown(then, now)("cpu_s") / (now.clock_s - then.clock_s)
+                for then, now in _both(first, last.coordinators())
+            ),
+            default=0.0,
+        ),
+        blocked=last.blocked,
+    )
+
+
+def _seen(surveys: Sequence[Survey], stage: int) -> StageSeen:
+    """A consumer that the broker knows is one, even where it did not answer in time."""
+    first, last = surveys[0], surveys[-1]
+    workers, states = last.workers(stage), [each.stages[stage] for each in surveys]
+    queue = states[-1]
+    return StageSeen(
+        consumers=max(len(workers), queue.consumers if queue else 0),
+        worked=tuple(_worked(then, now) for then, now in _both(first, workers)),
+        ready=fmean(state.ready if state else 0 for state in states),
+        unacknowledged=fmean(
+            sum(one.values.get("unacknowledged", 0.0) for one in each.workers(stage)) for each in surveys
+        ),
+    )
+
+
+def _both(earlier: Survey, reports: Sequence[Report]) -> list[tuple[Report, Report]]:
+    """Of the actors that answered earlier, too, and since then have begun no new session: then and now."""
+    pairs = [(earlier.reports[now.id], now) for now in reports if now.id in earlier.reports]
+    return [(then, now) for then, now in pairs if now.clock_s > then.clock_s]
+
+
+def _grown(then: Report, now: Report) -> Callable[[str], float]:
+    return lambda name: now.values.get(name, 0.0) - then.values.get(name, 0.0)
+
+
+def _worked(then: Report, now: Report) -> Worked:
+    grown = _grown(then, now)
+    return Worked(
+        seconds=now.clock_s - then.clock_s,
+        busy_s=grown("busy_s"),
+        forwards=grown("forwards"),
+        steps=grown("steps"),
+        rows=grown("rows"),
+        tokens=grown("tokens"),
+        tokens_squared=grown("tokens_squared"),
+        token_busy_s=grown("token_busy_s"),
+    )
 
 
 async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5) -> Survey:

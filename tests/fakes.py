@@ -71,6 +71,7 @@ class FakeEngine:
     stage: int
     budget_rows: int = 1000
     seconds_per_forward: float = 0.0
+    seconds_per_position: float = 0.0
     #: Called with the rows before they are computed; may raise to play a crash.
     before: Callable[[Sequence[Row]], None] | None = None
     #: Every forward fails.
@@ -113,8 +114,9 @@ class FakeEngine:
 
     def run(self, works: Sequence[Work]) -> list[Done]:
         self.threads.add(threading.get_ident())
-        if self.seconds_per_forward:
-            time.sleep(self.seconds_per_forward)
+        positions = sum(row.count for work in works for row in work.rows)
+        if seconds := self.seconds_per_forward + self.seconds_per_position * positions:
+            time.sleep(seconds)
         return [self._run(work) for work in works]
 
     def _run(self, work: Work) -> Done:

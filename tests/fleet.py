@@ -75,12 +75,19 @@ class Fleet:
         return actor
 
     def worker(
-        self, stage: int, *, drain_s: float = 5.0, plan: Plan | None = None, url: str | None = None, **fake: object
+        self,
+        stage: int,
+        *,
+        drain_s: float = 5.0,
+        instance: str = "",
+        plan: Plan | None = None,
+        url: str | None = None,
+        **fake: object,
     ) -> Actor:
         actor = Actor(url or self.url)
         plan = plan or self.plan
         actor.engine = FakeEngine(plan, stage, **fake)  # type: ignore[arg-type]
-        options = load(WorkerSettings, drain_s=drain_s)
+        options = load(WorkerSettings, drain_s=drain_s, instance=instance)
         compute = StageCompute(plan, stage, actor.engine, codec="lossless", threads=1)  # type: ignore[arg-type]
         actor.start(StageWorker(plan, stage, compute, options, actor.connect).run)
         self.actors.append(actor)

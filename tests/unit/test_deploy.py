@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 from typer.core import TyperGroup
 
 from mqinfer import settings
+from mqinfer.actuators import SYSTEMD_DOWN, SYSTEMD_UP
 from mqinfer.batch_files import parse_line, read_lines
 from mqinfer.cli import app
 
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 WORKER = DEPLOY / "mqinfer-worker@.service"
 COORDINATOR = DEPLOY / "mqinfer-coordinator.service"
+AUTOSCALER = DEPLOY / "mqinfer-autoscaler.service"
 INSTALLED = "/opt/mqinfer/bin/mqinfer"
 
 UNIT_SUFFIXES = (".service", ".target", ".slice", ".timer")
@@ -153,14 +155,15 @@ def test_the_worker_unit_runs_a_command_that_exists() -> None:
     check_command(["worker", "--stage", "2"])
 
 
-def test_the_coordinator_unit_runs_a_command_that_exists() -> None:
-    (line,) = read_unit(COORDINATOR)["ExecStart"]
+@pytest.mark.parametrize("unit", [COORDINATOR, AUTOSCALER], ids=lambda unit: unit.stem)
+def test_a_unit_without_a_shell_runs_a_command_that_exists(unit: Path) -> None:
+    (line,) = read_unit(unit)["ExecStart"]
     program, *arguments = line.split()
     assert program == INSTALLED
     check_command(arguments)
 
 
-@pytest.mark.parametrize("unit", [WORKER, COORDINATOR], ids=lambda unit: unit.stem)
+@pytest.mark.parametrize("unit", [WORKER, COORDINATOR, AUTOSCALER], ids=lambda unit: unit.stem)
 def test_a_unit_has_time_to_drain_and_comes_back(unit: Path) -> None:
     keys = read_unit(unit)
     drain_s = settings.WorkerSettings.model_fields["drain_s"].default
@@ -170,7 +173,7 @@ def test_a_unit_has_time_to_drain_and_comes_back(unit: Path) -> None:
     assert "RestartPreventExitStatus" not in keys  # a broker that is down for a while ends in exit code 2, too
 
 
-@pytest.mark.parametrize("unit", [WORKER, COORDINATOR], ids=lambda unit: unit.stem)
+@pytest.mark.parametrize("unit", [WORKER, COORDINATOR, AUTOSCALER], ids=lambda unit: unit.stem)
 def test_a_unit_says_when_it_serves_and_is_watched_and_may_load_for_as_long_as_it_takes(unit: Path) -> None:
     keys = read_unit(unit)
     assert (keys["Type"], keys["NotifyAccess"], keys["TimeoutStartSec"]) == (["notify"], ["main"], ["infinity"])
@@ -208,6 +211,32 @@ def test_stopping_the_target_stops_every_actor_and_starting_it_starts_them() -> 
     assert read_unit(DEPLOY / "night" / "mqinfer-night.timer")["Unit"] == ["mqinfer.target"]
     assert read_unit(DEPLOY / "night" / "mqinfer-day.timer")["Unit"] == ["mqinfer-day.target"]
     assert read_unit(DEPLOY / "night" / "mqinfer-day.target")["Conflicts"] == ["mqinfer.target"]
+
+
+def test_a_worker_says_the_instance_that_its_unit_has() -> None:
+    assert "MQINFER_INSTANCE=%i" in read_unit(WORKER)["Environment"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "allowed"),
+    [
+        ("mqinfer-worker@2-auto1.service", True),
+        ("mqinfer-worker@2.service", True),
+        ("mqinfer-worker@x.service", False),
+        ("mqinfer-worker@2-a.service.evil.service", True),  # an instance of the template all the same
+        ("sshd.service", False),
+        ("mqinfer-coordinator.service", False),
+    ],
+)
+def test_the_autoscaler_s_rule_is_for_instances_of_the_worker_unit_alone(unit: str, allowed: bool) -> None:
+    rule = (DEPLOY / "mqinfer-autoscaler.rules").read_text()
+    (pattern,) = re.findall(r"/(\^.*\$)/\.test", rule)
+    assert bool(re.search(pattern, unit)) is allowed
+    assert f'"{read_unit(AUTOSCALER)["User"][0]}"' in rule
+    assert all(
+        command.split()[:2] == ["systemctl", verb] for command, verb in ((SYSTEMD_UP, "start"), (SYSTEMD_DOWN, "stop"))
+    )
+    assert all(f'"{verb}"' in rule for verb in ("start", "stop"))
 
 
 def test_every_variable_of_the_example_is_a_setting() -> None:

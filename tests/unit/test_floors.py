@@ -44,19 +44,20 @@ ROOMS = (
     Room("checkpoint", 2, "checkpoint headers anatomy hub"),
     Room("compute", 2, "stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device"),
     Room("text", 2, "tokenizer"),
-    Room("policy", 2, "batching codec_choice pacing verdicts partition rows scheduler"),
+    Room("policy", 2, "batching codec_choice pacing verdicts partition rows scheduler forecast scaling"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link reports"),
+    Room("survey", 3, "survey"),
     Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
-    Room("coordinator", 4, "coordinator coordinator_counts leases requests"),
+    Room("coordinator", 4, "coordinator coordinator_counts coordinator_load leases requests"),
     Room("producer", 4, "producer"),
-    Room("survey", 4, "survey"),
+    Room("autoscaler", 4, "autoscaler actuators"),
     Room("dead letters", 4, "dead_letters"),
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues launch flags running systemd metrics commands operate top console pipeline_view "
-        "embedded batch_files batch_output batch_rows batch_job openai_bodies",
+        "__main__ cli cli_queues cli_scaling launch flags running systemd metrics commands operate top console "
+        "advice_words pipeline_view embedded batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
 
@@ -78,7 +79,7 @@ HOMES = {
     "torch": "tensor_codec stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device "
     "stage_engine stage_compute",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
-    "typer": "cli cli_queues launch flags",
+    "typer": "cli cli_queues cli_scaling launch flags",
     "uvloop": "running",
     "xxhash": "wire",
     "yarl": "transports.rabbitmq_connect",

@@ -6,12 +6,14 @@ import asyncio
 
 import pytest
 from fakes import make_plan
+from fleet import Fleet
 
 from mqinfer import survey
 from mqinfer.messages import Ask, Probe, Report
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
 from mqinfer.survey import Survey
+from mqinfer.transports import open_transport
 from mqinfer.transports.base import Blockage, Delivery, QueueState, Transport
 from mqinfer.transports.memory import open_memory
 from mqinfer.wire import decode, encode
@@ -163,3 +165,55 @@ async def test_a_survey_takes_reports_and_queues_and_no_notice_of_what_is_neithe
     assert found.reports == {"a": report}
     assert [state.ready for state in found.stages if state] == [0, 1]
     assert not transport.unsettled
+
+
+# What the scaling advice is made of
+
+
+def test_a_window_has_what_each_consumer_did_between_its_first_and_last_survey() -> None:
+    surveys = [
+        seen(worker("a", 0, 100.0, forwards=1, tokens=5), coordinator(rows=4)),
+        seen(worker("a", 0, 101.0), coordinator(rows=6)),
+        seen(
+            worker("a", 0, 110.0, forwards=21, tokens=105, tokens_squared=500), coordinator(rows=8), worker("b", 0, 3)
+        ),
+    ]
+    window = survey.window(surveys)
+    (worked,) = window.stages[0].worked
+    assert (worked.seconds, worked.forwards, worked.tokens, worked.tokens_squared) == (10.0, 20, 100, 500)
+    assert (window.stages[0].consumers, window.stages[1].consumers) == (2, 0)
+    assert (window.rows, window.coordinators) == (6, 1)
+
+
+def test_a_consumer_that_did_not_answer_in_time_is_not_taken_for_gone() -> None:
+    full = Survey(None, None, (QueueState(2, 3),), {"a": worker("a", 0, 1.0)})
+    window = survey.window([full, full])
+    assert (window.stages[0].consumers, window.stages[0].ready) == (3, 2)
+
+
+def test_the_busiest_coordinator_is_what_a_window_tells_of_them() -> None:
+    def reports(clock_s: float, *busy: float) -> list[Report]:
+        return [
+            Report(
+                role="coordinator", id=f"c{n}", host="h", stage=-1, clock_s=clock_s, values={"cpu_s": clock_s * share}
+            )
+            for n, share in enumerate(busy)
+        ]
+
+    assert survey.window([seen(*reports(0, 0.1, 0.9)), seen(*reports(10, 0.1, 0.9))]).coordinator_busy == 0.9
+
+
+async def test_actors_report_what_the_advice_is_made_of() -> None:
+    fleet = Fleet(f"memory://{new_id('test')}", make_plan("p", stages=1))
+    fleet.worker(0, instance="0-auto1")
+    fleet.coordinator(microbatch_rows=7)
+    transport = await open_transport(fleet.url)
+    async with asyncio.timeout(10):
+        while len((found := await survey.take(transport, fleet.plan, wait_s=0.05)).reports) < 2:
+            pass
+    assert [report.facts["instance"] for report in found.workers(0)] == ["0-auto1"]
+    window = survey.window([found, await survey.take(transport, fleet.plan, wait_s=0.05)])
+    assert (window.microbatch_rows, window.stages[0].consumers) == (7, 1)
+    assert 0 <= window.coordinator_busy <= 2
+    await transport.close()
+    await fleet.close()
