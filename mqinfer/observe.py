@@ -22,6 +22,8 @@ LINK_UNBLOCKED = "link.unblocked"  #: link, seconds
 # Workers
 STAGE_LOADED = "stage.loaded"  #: stage, layers, weight_bytes, peak_bytes, seconds, kv_bytes
 WORKER_DRAINED = "worker.drained"  #: given_back
+WORKER_PAUSED = "worker.paused"  #: stage, reason; its device is free for others
+WORKER_RESUMED = "worker.resumed"  #: stage
 STEP_COMPUTED = "step.computed"  #: stage, microbatches, rows, tokens, seconds (debug)
 ROW_MISSED = "row.missed"  #: row, epoch, stage, reason, detail
 COMPUTE_FAILED = "compute.failed"  #: stage, error

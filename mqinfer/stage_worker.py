@@ -18,8 +18,9 @@ from typing import TypeVar
 from mqinfer import __version__
 from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
-from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Report, Step, StepTaken
+from mqinfer.messages import Ask, Miss, MissReason, Pause, Probe, Release, Report, Step, StepTaken
 from mqinfer.observe import WORKER_DRAINED, emit
+from mqinfer.paused import BY_HAND, Leave
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
 from mqinfer.settings import WorkerSettings
@@ -54,6 +55,12 @@ class StageWorker:
         self._settings = settings
         self._connect = connect
         self._thread: ThreadPoolExecutor | None = None
+        self._leave = Leave()
+
+    @property
+    def paused(self) -> str:
+        """Why it left its device, once `run` has returned; "": it has been stopped."""
+        return self._leave.reason
 
     async def pulse(self) -> None:
         """Returns when the compute thread is free for a moment: not while a forward hangs. Idle, that is at once."""
@@ -61,15 +68,18 @@ class StageWorker:
             await asyncio.get_running_loop().run_in_executor(self._thread, int)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then drain. Raises: Refused at the first link."""
+        """Work until `stop` is set or it is to pause, then drain. Raises: Refused at the first link."""
         with ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self._stage}") as thread:
             self._thread = thread
             await asyncio.get_running_loop().run_in_executor(thread, self._compute.prepare_thread)
 
             async def session(transport: Transport) -> None:
-                await WorkerSession(self._plan, self._stage, self._compute, self._settings, transport, thread).run(stop)
+                await WorkerSession(
+                    self._plan, self._stage, self._compute, self._settings, transport, thread, self._leave
+                ).run(self._leave.asked)
 
-            await keep_linked(f"worker of stage {self._stage}", self._connect, session, stop)
+            async with self._leave.watching(stop, self._settings.hours):
+                await keep_linked(f"worker of stage {self._stage}", self._connect, session, self._leave.asked)
 
 
 class WorkerSession:
@@ -83,6 +93,7 @@ class WorkerSession:
         settings: WorkerSettings,
         transport: Transport,
         thread: ThreadPoolExecutor,
+        leave: Leave,
     ) -> None:
         self._plan = plan
         self._stage = stage
@@ -90,6 +101,7 @@ class WorkerSession:
         self._settings = settings
         self._transport = transport
         self._thread = thread
+        self._leave = leave
         self._topology = Topology(plan.name)
         self.id = new_id(f"s{stage}")
         self._queue = self._topology.worker(self.id)
@@ -151,7 +163,7 @@ class WorkerSession:
         """The step in the delivery; everything else is dealt with here."""
         try:
             message = decode(delivery.body, limit_bytes=2 * MAX_STEP_BYTES)
-            if not isinstance(message, Probe | Ask | Release | Step):
+            if not isinstance(message, Probe | Ask | Pause | Release | Step):
                 raise WireError(f"a {type(message).__name__} is not for a worker")
             if isinstance(message, Step):
                 await self._check(message)
@@ -163,6 +175,8 @@ class WorkerSession:
             await self._in_thread(self._compute.engine.forget, message.owner, message.rows)
         elif isinstance(message, Ask):
             self._tasks.create_task(self._report(message))
+        elif isinstance(message, Pause) and message.paused:
+            self._leave.pause(BY_HAND)
         await delivery.ack()
         return None
 
@@ -292,7 +306,7 @@ class WorkerSession:
         self._closing = True
         await self._inbox.close()
         await self._give_back(self._inbox.shared)
-        deadline_s = now_s() + self._settings.drain_s
+        deadline_s = now_s() + self._leave.drain_s(self._settings.drain_s)
         alarm = asyncio.get_running_loop().call_at(deadline_s, self._inbox.arrived.set)
         await self._work_until(lambda: now_s() >= deadline_s or (self._compute.is_empty and not self._inbox.own))
         alarm.cancel()

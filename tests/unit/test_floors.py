@@ -33,7 +33,7 @@ class Room:
 #: Rooms of one floor are blind to each other.
 ROOMS = (
     Room("words", 0, "__init__ errors observe"),
-    Room("what travels", 1, "messages wire wire_fields wire_header queues plan settings families"),
+    Room("what travels", 1, "messages wire wire_fields wire_header queues plan settings hours families"),
     Room("codec", 2, "tensor_codec"),
     Room(
         "transports",
@@ -47,7 +47,7 @@ ROOMS = (
     Room("policy", 2, "batching codec_choice pacing verdicts partition rows scheduler"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
-    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
+    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts paused"),
     Room("coordinator", 4, "coordinator leases requests"),
     Room("producer", 4, "producer"),
     Room("survey", 4, "survey"),

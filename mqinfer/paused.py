@@ -1,0 +1,177 @@
+"""A worker that has left its device to others: nothing of it is there any more, but it can be seen and called back.
+
+A worker that leaves starts its program anew (`commands.worker`), which gives back even what CUDA keeps for as long as a
+process lives; here it waits until it may return. torch may not be imported here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+
+from mqinfer import __version__
+from mqinfer.errors import Unroutable
+from mqinfer.hours import Hours
+from mqinfer.link import Connect, bury, keep_linked, now_s
+from mqinfer.messages import Ask, Pause, Report
+from mqinfer.observe import ACTOR_READY, WORKER_PAUSED, WORKER_RESUMED, emit
+from mqinfer.plan import Plan
+from mqinfer.queues import Topology, new_id
+from mqinfer.settings import WorkerSettings
+from mqinfer.transports.base import Delivery, Transport
+from mqinfer.verdicts import DEAD_LETTERS
+from mqinfer.wire import decode, encode
+
+#: Why a worker is not on its device: somebody said so; it is outside of its hours.
+BY_HAND, BY_HOURS = "hand", "hours"
+#: How often a worker with hours looks at the clock, which may jump: machines sleep.
+LOOK_S = 5.0
+#: How long a worker that pauses goes on with what it has; the device is to be free within 5 s.
+DRAIN_S = 2.0
+
+
+class Leave:
+    """Whether a worker is to leave, and why. Set once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        #: Why it pauses; "": it ends.
+        self.reason = ""
+
+    def pause(self, reason: str) -> None:
+        """Leave the device, to come back later."""
+        if not self.asked.is_set():
+            self.reason = reason
+            self.asked.set()
+
+    def drain_s(self, usual_s: float) -> float:
+        """How long it may go on serving the rows that are cached: somebody waits for the device."""
+        return min(usual_s, DRAIN_S) if self.reason else usual_s
+
+    @asynccontextmanager
+    async def watching(self, stop: asyncio.Event, hours: str) -> AsyncIterator[None]:
+        """Within, it is asked to leave when `stop` is set, and when its hours are over."""
+        watches = [asyncio.ensure_future(self._end_with(stop))]
+        if hours:
+            watches.append(asyncio.ensure_future(self._keep(Hours.parse(hours))))
+        try:
+            yield
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    async def _end_with(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self.asked.set()
+
+    async def _keep(self, hours: Hours) -> None:
+        await until(lambda: not is_time(hours))
+        self.pause(BY_HOURS)
+
+
+def is_time(hours: Hours) -> bool:
+    """Whether a worker with these hours works now, by the local clock."""
+    return hours.covers(datetime.now().time())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Look every LOOK_S."""
+    while not true():  # noqa: ASYNC110 - the clock on the wall tells nobody
+        await asyncio.sleep(LOOK_S)
+
+
+class PausedWorker:
+    """What is left of a worker while it is paused."""
+
+    def __init__(self, plan: Plan, stage: int, reason: str, settings: WorkerSettings, connect: Connect) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._reason = reason
+        self._hours = Hours.parse(settings.hours)
+        self._device = settings.device
+        self._connect = connect
+        self._topology = Topology(plan.name)
+        self._returns = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> bool:
+        """Until it is to return to its device (True) or `stop` is set (False). Raises: Refused at the first link."""
+        over = asyncio.Event()
+
+        async def either() -> None:
+            tasks = [asyncio.ensure_future(event.wait()) for event in (stop, self._returns)]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                over.set()
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        emit(WORKER_PAUSED, stage=self._stage, reason=self._reason)
+        watches = [asyncio.ensure_future(either()), asyncio.ensure_future(self._wait_for_hours())]
+        try:
+            await keep_linked("paused worker", self._connect, lambda link: self._session(link, over), over)
+        finally:
+            for watch in watches:
+                watch.cancel()
+        if self._returns.is_set() and not stop.is_set():
+            emit(WORKER_RESUMED, stage=self._stage)
+            return True
+        return False
+
+    async def _wait_for_hours(self) -> None:
+        """Whoever sent it away by hand calls it back by hand."""
+        if self._reason == BY_HOURS:
+            await until(lambda: is_time(self._hours))
+            self._returns.set()
+
+    async def _session(self, transport: Transport, over: asyncio.Event) -> None:
+        me = new_id(f"s{self._stage}")
+        queue = self._topology.worker(me)
+        inbox: asyncio.Queue[Delivery] = asyncio.Queue()
+
+        async def serve() -> None:
+            while True:
+                await self._read(transport, me, await inbox.get())
+
+        async with asyncio.TaskGroup() as tasks:
+            await transport.declare(queue)
+            await transport.consume(queue.name, prefetch=8, sink=inbox.put_nowait)
+            emit(ACTOR_READY, actor=queue.name)
+            loops = [tasks.create_task(transport.closed()), tasks.create_task(serve())]
+            await over.wait()
+            for loop in loops:
+                loop.cancel()
+
+    async def _read(self, transport: Transport, me: str, delivery: Delivery) -> None:
+        try:
+            message = decode(delivery.body)
+        except DEAD_LETTERS as error:
+            await bury(transport, self._topology.dead, delivery, str(error))
+            return
+        if isinstance(message, Ask):
+            with contextlib.suppress(Unroutable):  # who asked is gone
+                await transport.publish(message.reply_to, encode(self._report(me)))
+        elif isinstance(message, Pause) and not message.paused:
+            self._returns.set()
+        await delivery.ack()
+
+    def _report(self, me: str) -> Report:
+        return Report(
+            role="paused",
+            id=me,
+            host=socket.gethostname(),
+            stage=self._stage,
+            clock_s=now_s(),
+            facts={
+                "version": __version__,
+                "plan": self._plan.digest,
+                "device": self._device,
+                "process": str(os.getpid()),
+                "reason": self._reason,
+            },
+        )
