@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from mqinfer.cli_queues import dead_app, queues_app
 from mqinfer.errors import MqinferError, SettingsError
 from mqinfer.launch import hide_torch, load_settings, operator, run
 from mqinfer.running import unless_stopped
+
+if TYPE_CHECKING:
+    from mqinfer.settings import Settings
 
 app = typer.Typer(
     name="mqinfer",
@@ -177,6 +180,8 @@ def worker(
     kv_bytes: flags.KvBytes = None,
     threads: flags.Threads = None,
     codec: flags.Codec = None,
+    hours: flags.Hours = None,
+    yield_gpu: flags.YieldGpu = None,
     model: flags.LocalModel = None,
     config: flags.Config = None,
     log_level: flags.LogLevel = None,
@@ -194,7 +199,8 @@ def worker(
     from mqinfer.settings import WorkerSettings
 
     given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
-    settings = load_settings(WorkerSettings, config, **given, codec=codec, log_level=log_level, log_json=log_json)
+    given |= {"codec": codec, "hours": hours, "yield_gpu": yield_gpu}
+    settings = load_settings(WorkerSettings, config, **given, log_level=log_level, log_json=log_json)
     run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
 
 
@@ -236,6 +242,47 @@ def status(pipeline: flags.Pipeline = None, broker: flags.Broker = None, config:
 
     settings = operator(config, pipeline, broker)
     run(lambda stop: unless_stopped(stop, operate.status(settings)))
+
+
+@app.command()
+def pause(
+    target: flags.Target, pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None
+) -> None:
+    """Have workers give their devices back for a while.
+
+    A worker that is paused takes nothing new, goes on for two seconds with what it has, leaves the rest to others and
+    frees all its memory; no request is lost. It stays there, to be called back with resume, or until its process
+    is started anew. For certain hours of every day: mqinfer worker --hours. Examples:
+
+    
+      mqinfer pause s2-3f9a0c1d2e -p pipeline.toml    one worker, by the id that status shows
+      mqinfer pause 2 -p pipeline.toml                every worker of stage 2
+      mqinfer pause gpu-box-7 -p pipeline.toml        every worker on that host
+      mqinfer pause all -p pipeline.toml
+
+    Exit code 3: one of them was told and is not seen to have paused within 30 s.
+    """
+    _pause(operator(config, pipeline, broker), target, paused=True)
+
+
+@app.command()
+def resume(
+    target: flags.Target, pipeline: flags.Pipeline = None, broker: flags.Broker = None, config: flags.Config = None
+) -> None:
+    """Call paused workers back to their devices.
+
+    They load their layers again. Whose hours are over works until they are over the next time. Example:
+
+    
+      mqinfer resume gpu-box-7 -p pipeline.toml
+    """
+    _pause(operator(config, pipeline, broker), target, paused=False)
+
+
+def _pause(settings: Settings, target: str, *, paused: bool) -> None:
+    from mqinfer import operate
+
+    run(lambda stop: unless_stopped(stop, operate.pause(settings, target, paused=paused)))
 
 
 def main() -> None:

@@ -18,11 +18,13 @@ from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
 from mqinfer.coordinator import Coordinator
 from mqinfer.errors import SettingsError
+from mqinfer.hours import Hours
 from mqinfer.link import Connect
 from mqinfer.observe import size
+from mqinfer.paused import BY_HOURS, PausedWorker, is_time
 from mqinfer.plan import Plan
 from mqinfer.queues import new_id
-from mqinfer.running import INTERRUPTED, unless_stopped
+from mqinfer.running import INTERRUPTED, begin_anew, unless_stopped
 from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, WorkerSettings
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
@@ -248,20 +250,36 @@ async def results(job: str, output: Path, settings: BatchSettings, *, wait: bool
 
 
 async def worker(settings: WorkerSettings, stage: int, model: str | None, *, stop: asyncio.Event) -> int:
-    """Load a stage and serve it. The exit code."""
+    """Load a stage and serve it; where it is paused, begin anew without torch and wait first. The exit code."""
+    plan = read_plan(settings)
+    if not 0 <= stage < len(plan.stages):
+        raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
+    reason = settings.paused or ("" if is_time(Hours.parse(settings.hours)) else BY_HOURS)
+    if reason:
+        paused = PausedWorker(plan, stage, reason, settings, connecting(settings, f"paused worker {stage}"))
+        async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
+            if not await paused.run(stop):
+                return 0
+    reason = await _serve_stage(plan, settings, stage, model, stop=stop)
+    if reason:
+        begin_anew(MQINFER_PAUSED=reason)
+    return 0
+
+
+async def _serve_stage(
+    plan: Plan, settings: WorkerSettings, stage: int, model: str | None, *, stop: asyncio.Event
+) -> str:
+    """Until it is stopped (""), or why it is to pause."""
     try:
         from mqinfer.stage_worker import StageWorker
     except ImportError as error:
         raise SettingsError(f"a worker needs mqinfer[worker] ({error})") from error
-    plan = read_plan(settings)
-    if not 0 <= stage < len(plan.stages):
-        raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
     await unless_stopped(stop, _reach(settings))
     compute = await unless_stopped(stop, asyncio.to_thread(_load_stage, plan, stage, model, settings))
     serving = StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}"))
     async with systemd.kept_informed(serving.pulse, stop):
         await serving.run(stop)
-    return 0
+    return serving.paused
 
 
 async def _reach(settings: Settings) -> None:

@@ -260,7 +260,7 @@ class Pause:
     """A worker is to leave its device to others, or, not `paused`, to return to it."""
 
     plan: str
-    paused: bool = True
+    paused: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

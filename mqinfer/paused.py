@@ -16,6 +16,7 @@ from datetime import datetime
 
 from mqinfer import __version__
 from mqinfer.errors import Unroutable
+from mqinfer.gpu_guests import guests_on
 from mqinfer.hours import Hours
 from mqinfer.link import Connect, bury, keep_linked, now_s
 from mqinfer.messages import Ask, Pause, Report
@@ -27,10 +28,12 @@ from mqinfer.transports.base import Delivery, Transport
 from mqinfer.verdicts import DEAD_LETTERS
 from mqinfer.wire import decode, encode
 
-#: Why a worker is not on its device: somebody said so; it is outside of its hours.
-BY_HAND, BY_HOURS = "hand", "hours"
-#: How often a worker with hours looks at the clock, which may jump: machines sleep.
-LOOK_S = 5.0
+#: Why a worker is not on its device: somebody said so; it is outside of its hours; somebody else computes there.
+BY_HAND, BY_HOURS, BY_GUEST = "hand", "hours", "guest"
+#: How often the clock, which may jump (machines sleep), and the device are looked at.
+LOOK_S = 1.0
+#: How long nobody else may have been on the device before a worker returns.
+ALONE_S = 30.0
 #: How long a worker that pauses goes on with what it has; the device is to be free within 5 s.
 DRAIN_S = 2.0
 
@@ -54,11 +57,16 @@ class Leave:
         return min(usual_s, DRAIN_S) if self.reason else usual_s
 
     @asynccontextmanager
-    async def watching(self, stop: asyncio.Event, hours: str) -> AsyncIterator[None]:
-        """Within, it is asked to leave when `stop` is set, and when its hours are over."""
+    async def watching(self, stop: asyncio.Event, settings: WorkerSettings) -> AsyncIterator[None]:
+        """Within, it is asked to leave: when `stop` is set, its hours are over, or somebody else uses its GPU.
+
+        Raises: SettingsError where nobody could tell the last.
+        """
         watches = [asyncio.ensure_future(self._end_with(stop))]
-        if hours:
-            watches.append(asyncio.ensure_future(self._keep(Hours.parse(hours))))
+        if settings.yield_gpu:
+            watches.append(asyncio.ensure_future(self._make_way(guests_on(settings.device))))
+        if settings.hours:
+            watches.append(asyncio.ensure_future(self._keep(Hours.parse(settings.hours))))
         try:
             yield
         finally:
@@ -70,8 +78,13 @@ class Leave:
         self.asked.set()
 
     async def _keep(self, hours: Hours) -> None:
+        await until(lambda: is_time(hours))  # called back by hand outside of them, it stays until their next end
         await until(lambda: not is_time(hours))
         self.pause(BY_HOURS)
+
+    async def _make_way(self, guests: Callable[[], bool]) -> None:
+        await until(guests)
+        self.pause(BY_GUEST)
 
 
 def is_time(hours: Hours) -> bool:
@@ -92,8 +105,7 @@ class PausedWorker:
         self._plan = plan
         self._stage = stage
         self._reason = reason
-        self._hours = Hours.parse(settings.hours)
-        self._device = settings.device
+        self._settings = settings
         self._connect = connect
         self._topology = Topology(plan.name)
         self._returns = asyncio.Event()
@@ -112,7 +124,7 @@ class PausedWorker:
                     task.cancel()
 
         emit(WORKER_PAUSED, stage=self._stage, reason=self._reason)
-        watches = [asyncio.ensure_future(either()), asyncio.ensure_future(self._wait_for_hours())]
+        watches = [asyncio.ensure_future(either()), asyncio.ensure_future(self._wait_for_cause())]
         try:
             await keep_linked("paused worker", self._connect, lambda link: self._session(link, over), over)
         finally:
@@ -123,11 +135,27 @@ class PausedWorker:
             return True
         return False
 
-    async def _wait_for_hours(self) -> None:
-        """Whoever sent it away by hand calls it back by hand."""
+    async def _wait_for_cause(self) -> None:
+        """Until what sent it away is over; whoever did it by hand calls it back by hand."""
         if self._reason == BY_HOURS:
-            await until(lambda: is_time(self._hours))
-            self._returns.set()
+            hours = Hours.parse(self._settings.hours)
+            await until(lambda: is_time(hours))
+        elif self._reason == BY_GUEST:
+            await self._until_alone(guests_on(self._settings.device))
+        else:
+            return
+        self._returns.set()
+
+    async def _until_alone(self, guests: Callable[[], bool]) -> None:
+        last_s = now_s()
+
+        def alone() -> bool:
+            nonlocal last_s
+            if guests():
+                last_s = now_s()
+            return now_s() - last_s >= ALONE_S
+
+        await until(alone)
 
     async def _session(self, transport: Transport, over: asyncio.Event) -> None:
         me = new_id(f"s{self._stage}")
@@ -170,7 +198,7 @@ class PausedWorker:
             facts={
                 "version": __version__,
                 "plan": self._plan.digest,
-                "device": self._device,
+                "device": self._settings.device,
                 "process": str(os.getpid()),
                 "reason": self._reason,
             },

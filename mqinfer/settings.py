@@ -97,8 +97,10 @@ class WorkerSettings(Settings):
     merge_tokens: int = Field(1024, ge=1)
     #: When it works, such as 20:00-07:00 in local time; "": always. At other times the device is free for others.
     hours: Annotated[str, AfterValidator(_check_hours)] = ""
+    #: Leave the GPU while a process that is no worker computes there. NVIDIA's only.
+    yield_gpu: bool = False
     #: Why it begins without its device, if it does: a worker that leaves its device starts itself anew with this.
-    paused: Literal["", "hand", "hours"] = ""
+    paused: Literal["", "hand", "hours", "guest"] = ""
     #: On SIGTERM, how long to go on serving the rows whose keys and values are here; then they are replayed elsewhere.
     drain_s: float = Field(20.0, ge=0)
     #: Cached rows that nobody has asked for in so long are forgotten: their coordinator is gone.

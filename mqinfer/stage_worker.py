@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ class StageWorker:
                     self._plan, self._stage, self._compute, self._settings, transport, thread, self._leave
                 ).run(self._leave.asked)
 
-            async with self._leave.watching(stop, self._settings.hours):
+            async with self._leave.watching(stop, self._settings):
                 await keep_linked(f"worker of stage {self._stage}", self._connect, session, self._leave.asked)
 
 
@@ -354,7 +355,12 @@ class WorkerSession:
                 "blocked_s": self._transport.blockage().total_s,
                 **self._counts.values,
             },
-            facts={"version": __version__, "plan": self._plan.digest, "device": str(engine.device)},
+            facts={
+                "version": __version__,
+                "plan": self._plan.digest,
+                "device": str(engine.device),
+                "process": str(os.getpid()),
+            },
         )
         await self._to_owner(ask.reply_to, encode(report))
 
