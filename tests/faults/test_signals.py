@@ -9,7 +9,7 @@ from pathlib import Path
 from counts import Report
 from processes import LOOK_S
 from roster import ALLOWANCE, Roster
-from workload import SHORT
+from workload import SHORT, repeated
 
 INTERRUPTED = 130
 #: "Leaves at once".
@@ -36,12 +36,13 @@ def test_a_job_interrupted_by_ctrl_c_or_sigterm_goes_on_later(
     healed: Roster, answers: dict[str, str], report: Report, tmp_path: Path
 ) -> None:
     report.fault, report.done = "SIGINT, then SIGTERM of the batch", "once each, run again"
-    job = healed.job(SHORT, tmp_path)
-    for turn, number in enumerate((signal.SIGINT, signal.SIGTERM)):
-        job.reach(0.2 + 0.3 * turn)
+    asked = repeated(SHORT, 2)  # the fleet goes on while the batch starts anew, and must not be done then
+    job = healed.job(asked, tmp_path)
+    for share, number in ((0.1, signal.SIGINT), (0.35, signal.SIGTERM)):
+        job.reach(share)
         job.actor.signal(number)
         assert job.actor.wait() == INTERRUPTED, job.actor.said()[-2000:]
-        job = healed.run(job.output.with_suffix(".prompts"), job.output, SHORT)
+        job = healed.run(job.output.with_suffix(".prompts"), job.output, asked)
     job.finish(answers, report)
 
 

@@ -66,8 +66,13 @@ def expected(folder: Path, prompts: dict[str, str]) -> dict[str, str]:
 
 
 def batch(fleet: Fleet, prompts: dict[str, str], output: Path) -> Actor:
+    """`prompts` by name; what follows a dot in it tells repetitions apart."""
     bodies = {
-        name: {"messages": [{"role": "user", "content": prompt}], "max_tokens": NEW_TOKENS[name], "temperature": 0}
+        name: {
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": NEW_TOKENS[name.partition(".")[0]],
+            "temperature": 0,
+        }
         for name, prompt in prompts.items()
     }
     lines = [
@@ -146,11 +151,14 @@ def test_a_worker_that_joins_a_running_job_takes_work_within_seconds(
     fleet: Fleet, prompts: dict[str, str], expected: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
+    times = range(4)  # so that the job outlasts the worker's start
+    job = batch(fleet, {f"{name}.{turn}": prompt for turn in times for name, prompt in prompts.items()}, output)
     late = fleet.start("late", "worker", "--stage", "0", "--log-level", "debug")
-    job = batch(fleet, prompts, output)
-    check(job, output, expected, fleet)
-    assert "step.computed" in late.said()
-    late.signal(signal.SIGTERM)
+    try:
+        check(job, output, {f"{name}.{turn}": answer for turn in times for name, answer in expected.items()}, fleet)
+        assert "step.computed" in late.said()
+    finally:
+        late.signal(signal.SIGTERM)
     assert late.wait() == 0, fleet.logs()
 
 
