@@ -180,6 +180,7 @@ def worker(
     kv_bytes: flags.KvBytes = None,
     threads: flags.Threads = None,
     codec: flags.Codec = None,
+    rebalance: flags.Rebalance = None,
     hours: flags.Hours = None,
     yield_gpu: flags.YieldGpu = None,
     model: flags.LocalModel = None,
@@ -194,14 +195,24 @@ def worker(
 
     \b
       mqinfer worker -p pipeline.toml --stage 1 --device cuda:0 --broker amqp://guest:guest@localhost/
+      mqinfer worker -p pipeline.toml --stage auto --rebalance --device cuda:0
     """
-    from mqinfer import commands
+    from mqinfer import worker_command
     from mqinfer.settings import WorkerSettings
 
     given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
-    given |= {"codec": codec, "hours": hours, "yield_gpu": yield_gpu}
+    given |= {"codec": codec, "hours": hours, "yield_gpu": yield_gpu, "rebalance": rebalance}
     settings = load_settings(WorkerSettings, config, **given, log_level=log_level, log_json=log_json)
-    run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
+    number = _stage(stage)
+    run(lambda stop: worker_command.worker(settings, number, model, stop=stop), with_torch=True, stopped=0)
+
+
+def _stage(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise SettingsError(f"--stage {text}: a number from 0, or auto")
+    return int(text)
 
 
 @app.command()

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mqinfer import checkpoint, console, systemd
 from mqinfer import plan as plans
@@ -18,20 +17,15 @@ from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
 from mqinfer.coordinator import Coordinator
 from mqinfer.errors import SettingsError
-from mqinfer.hours import Hours
 from mqinfer.link import Connect
 from mqinfer.observe import size
-from mqinfer.paused import BY_HOURS, PausedWorker, is_time
 from mqinfer.plan import Plan
 from mqinfer.queues import new_id
-from mqinfer.running import INTERRUPTED, begin_anew, unless_stopped
+from mqinfer.running import INTERRUPTED, unless_stopped
 from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, WorkerSettings
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Transport
-
-if TYPE_CHECKING:
-    from mqinfer.stage_compute import StageCompute
 
 #: Exit codes; also running.INTERRUPTED.
 ALL_ANSWERED, SOME_ERRORS, MORE_TO_COME = 0, 3, 4
@@ -136,7 +130,7 @@ def _ready(worker: WorkerSettings, local: Local) -> tuple[Plan, Path, Tokenizer]
     folder = checkpoint.resolve(local.model or plan.model, plan.revision)
     if local.plan is not None:
         checkpoint.verify(folder, plan)
-    _check_room(plan, range(len(plan.stages)), folder, worker)
+    check_room(plan, range(len(plan.stages)), folder, worker)
     return plan, folder, Tokenizer.load(folder)
 
 
@@ -151,7 +145,7 @@ def _local_plan(local: Local) -> Plan:
     return checkpoint.make_plan(local.model, stages=stages, dtype=dtype)[0]
 
 
-def _check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: WorkerSettings) -> None:
+def check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: WorkerSettings) -> None:
     """Raises: SettingsError where the device is not there, or these stages can't have the memory that they need."""
     from mqinfer import device
     from mqinfer.kv_cache import ROUND_TOKENS
@@ -247,54 +241,6 @@ async def results(job: str, output: Path, settings: BatchSettings, *, wait: bool
         return INTERRUPTED if stop.is_set() else MORE_TO_COME
     console.say(f"done: {told} -> {output}")
     return SOME_ERRORS if progress.failed else ALL_ANSWERED
-
-
-async def worker(settings: WorkerSettings, stage: int, model: str | None, *, stop: asyncio.Event) -> int:
-    """Load a stage and serve it; where it is paused, begin anew without torch and wait first. The exit code."""
-    plan = read_plan(settings)
-    if not 0 <= stage < len(plan.stages):
-        raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
-    reason = settings.paused or ("" if is_time(Hours.parse(settings.hours)) else BY_HOURS)
-    if reason:
-        paused = PausedWorker(plan, stage, reason, settings, connecting(settings, f"paused worker {stage}"))
-        async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
-            if not await paused.run(stop):
-                return 0
-    reason = await _serve_stage(plan, settings, stage, model, stop=stop)
-    if reason:
-        begin_anew(MQINFER_PAUSED=reason)
-    return 0
-
-
-async def _serve_stage(
-    plan: Plan, settings: WorkerSettings, stage: int, model: str | None, *, stop: asyncio.Event
-) -> str:
-    """Until it is stopped (""), or why it is to pause."""
-    try:
-        from mqinfer.stage_worker import StageWorker
-    except ImportError as error:
-        raise SettingsError(f"a worker needs mqinfer[worker] ({error})") from error
-    await unless_stopped(stop, _reach(settings))
-    compute = await unless_stopped(stop, asyncio.to_thread(_load_stage, plan, stage, model, settings))
-    serving = StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}"))
-    async with systemd.kept_informed(serving.pulse, stop):
-        await serving.run(stop)
-    return serving.paused
-
-
-async def _reach(settings: Settings) -> None:
-    """A wrong address or password is told before minutes are spent on weights."""
-    async with linked(settings, "hello"):
-        pass
-
-
-def _load_stage(plan: Plan, stage: int, model: str | None, settings: WorkerSettings) -> StageCompute:
-    from mqinfer.stage_compute import load_compute
-
-    folder = checkpoint.resolve(model or plan.model, plan.revision)
-    checkpoint.verify(folder, plan)
-    _check_room(plan, [stage], folder, settings)
-    return load_compute(plan, stage, folder, settings)
 
 
 async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop: asyncio.Event) -> int:

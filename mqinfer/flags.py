@@ -69,7 +69,21 @@ PlanFile = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE",
 
 # Actors
 
-Stage = Annotated[int, typer.Option(metavar="K", help="Which stage of the plan, from 0.")]
+Stage = Annotated[
+    str,
+    typer.Option(
+        metavar="K|auto",
+        help="Which stage of the plan, from 0; auto: where it helps most of those that fit in its memory.",
+    ),
+]
+Rebalance = Annotated[
+    bool | None,
+    typer.Option(
+        "--rebalance",
+        help="With --stage auto: move, after draining, when another stage stays slower by a quarter and more. Or "
+        "MQINFER_REBALANCE.",
+    ),
+]
 LocalModel = Annotated[
     str | None,
     typer.Option(

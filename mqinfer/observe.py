@@ -22,6 +22,7 @@ LINK_UNBLOCKED = "link.unblocked"  #: link, seconds
 # Workers
 STAGE_LOADED = "stage.loaded"  #: stage, layers, weight_bytes, peak_bytes, seconds, kv_bytes
 WORKER_DRAINED = "worker.drained"  #: given_back
+STAGE_CHOSEN = "stage.chosen"  #: stage, workers (of each stage, before)
 WORKER_PAUSED = "worker.paused"  #: stage, reason; its device is free for others
 WORKER_RESUMED = "worker.resumed"  #: stage
 STEP_COMPUTED = "step.computed"  #: stage, microbatches, rows, tokens, seconds (debug)

@@ -7,29 +7,24 @@ process lives; here it waits until it may return. torch may not be imported here
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import datetime
 
-from mqinfer import __version__
-from mqinfer.errors import Unroutable
 from mqinfer.gpu_guests import guests_on
 from mqinfer.hours import Hours
-from mqinfer.link import Connect, bury, keep_linked, now_s
-from mqinfer.messages import Ask, Pause, Report
-from mqinfer.observe import ACTOR_READY, WORKER_PAUSED, WORKER_RESUMED, emit
+from mqinfer.link import Connect, keep_linked, now_s
+from mqinfer.messages import Pause
+from mqinfer.observe import WORKER_PAUSED, WORKER_RESUMED, emit
 from mqinfer.plan import Plan
-from mqinfer.queues import Topology, new_id
+from mqinfer.presence import Presence
 from mqinfer.settings import WorkerSettings
-from mqinfer.transports.base import Delivery, Transport
-from mqinfer.verdicts import DEAD_LETTERS
-from mqinfer.wire import decode, encode
+from mqinfer.transports.base import Transport
 
 #: Why a worker is not on its device: somebody said so; it is outside of its hours; somebody else computes there.
 BY_HAND, BY_HOURS, BY_GUEST = "hand", "hours", "guest"
+#: Why it leaves a stage, for another one and at its leisure.
+TO_MOVE = "move"
 #: How often the clock, which may jump (machines sleep), and the device are looked at.
 LOOK_S = 1.0
 #: How long nobody else may have been on the device before a worker returns.
@@ -43,18 +38,18 @@ class Leave:
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
-        #: Why it pauses; "": it ends.
+        #: Why it pauses or moves; "": it ends.
         self.reason = ""
 
     def pause(self, reason: str) -> None:
-        """Leave the device, to come back later."""
+        """Leave the device, to come back later or elsewhere."""
         if not self.asked.is_set():
             self.reason = reason
             self.asked.set()
 
     def drain_s(self, usual_s: float) -> float:
         """How long it may go on serving the rows that are cached: somebody waits for the device."""
-        return min(usual_s, DRAIN_S) if self.reason else usual_s
+        return usual_s if self.reason in ("", TO_MOVE) else min(usual_s, DRAIN_S)
 
     @asynccontextmanager
     async def watching(self, stop: asyncio.Event, settings: WorkerSettings) -> AsyncIterator[None]:
@@ -107,7 +102,6 @@ class PausedWorker:
         self._reason = reason
         self._settings = settings
         self._connect = connect
-        self._topology = Topology(plan.name)
         self._returns = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> bool:
@@ -158,48 +152,15 @@ class PausedWorker:
         await until(alone)
 
     async def _session(self, transport: Transport, over: asyncio.Event) -> None:
-        me = new_id(f"s{self._stage}")
-        queue = self._topology.worker(me)
-        inbox: asyncio.Queue[Delivery] = asyncio.Queue()
-
-        async def serve() -> None:
-            while True:
-                await self._read(transport, me, await inbox.get())
-
+        facts = {"device": self._settings.device, "reason": self._reason}
+        presence = Presence(self._plan, self._stage, "paused", facts, self._be_told)
         async with asyncio.TaskGroup() as tasks:
-            await transport.declare(queue)
-            await transport.consume(queue.name, prefetch=8, sink=inbox.put_nowait)
-            emit(ACTOR_READY, actor=queue.name)
-            loops = [tasks.create_task(transport.closed()), tasks.create_task(serve())]
+            await presence.open(transport)
+            loops = [tasks.create_task(transport.closed()), tasks.create_task(presence.serve(transport))]
             await over.wait()
             for loop in loops:
                 loop.cancel()
 
-    async def _read(self, transport: Transport, me: str, delivery: Delivery) -> None:
-        try:
-            message = decode(delivery.body)
-        except DEAD_LETTERS as error:
-            await bury(transport, self._topology.dead, delivery, str(error))
-            return
-        if isinstance(message, Ask):
-            with contextlib.suppress(Unroutable):  # who asked is gone
-                await transport.publish(message.reply_to, encode(self._report(me)))
-        elif isinstance(message, Pause) and not message.paused:
+    def _be_told(self, message: Pause) -> None:
+        if not message.paused:
             self._returns.set()
-        await delivery.ack()
-
-    def _report(self, me: str) -> Report:
-        return Report(
-            role="paused",
-            id=me,
-            host=socket.gethostname(),
-            stage=self._stage,
-            clock_s=now_s(),
-            facts={
-                "version": __version__,
-                "plan": self._plan.digest,
-                "device": self._settings.device,
-                "process": str(os.getpid()),
-                "reason": self._reason,
-            },
-        )

@@ -97,6 +97,8 @@ class WorkerSettings(Settings):
     merge_tokens: int = Field(1024, ge=1)
     #: When it works, such as 20:00-07:00 in local time; "": always. At other times the device is free for others.
     hours: Annotated[str, AfterValidator(_check_hours)] = ""
+    #: Where it chose its stage itself: move when another one stays slower by a margin.
+    rebalance: bool = False
     #: Leave the GPU while a process that is no worker computes there. NVIDIA's only.
     yield_gpu: bool = False
     #: Why it begins without its device, if it does: a worker that leaves its device starts itself anew with this.

@@ -59,9 +59,13 @@ class StageWorker:
         self._leave = Leave()
 
     @property
-    def paused(self) -> str:
+    def left(self) -> str:
         """Why it left its device, once `run` has returned; "": it has been stopped."""
         return self._leave.reason
+
+    def leave(self, reason: str) -> None:
+        """Drain and return from `run`."""
+        self._leave.pause(reason)
 
     async def pulse(self) -> None:
         """Returns when the compute thread is free for a moment: not while a forward hangs. Idle, that is at once."""

@@ -1,4 +1,4 @@
-"""Workers that give their devices back and return, as real processes over a real RabbitMQ."""
+"""Workers that choose their stage, give their devices back and return: real processes over a real RabbitMQ."""
 
 from __future__ import annotations
 
@@ -111,3 +111,26 @@ def test_outside_of_its_hours_a_worker_waits_without_torch_and_ends_at_once_on_s
         assert actor.wait() == 0, fleet.logs()
     finally:
         fleet.end()
+
+
+def test_workers_that_choose_their_stages_make_a_pipeline(tmp_path: Path, broker: Broker) -> None:
+    fleet = Fleet(tmp_path, demo_model(), broker.url)
+    try:
+        fleet.start("coordinator", "coordinator")
+        spares = [fleet.start(f"spare-{number}", "worker", "--stage", "auto") for number in range(3)]
+        wait_until(lambda: workers(fleet) == {"0": 1, "1": 1, "2": 1}, fleet, why="they do not spread")
+        asked, output = job(fleet, tmp_path)
+        assert asked.wait() == 0, fleet.logs()
+        assert len(rows(output)) == PROMPTS
+        for spare in spares:
+            spare.signal(signal.SIGTERM)
+        assert [spare.wait() for spare in spares] == [0] * 3, fleet.logs()
+    finally:
+        fleet.end()
+
+
+def test_a_worker_whose_memory_holds_no_stage_says_so(tmp_path: Path, broker: Broker) -> None:
+    fleet = Fleet(tmp_path, demo_model(), broker.url)
+    told = fleet.ask("worker", "--stage", "auto", "--kv-bytes", "1000TiB")
+    assert told.returncode == 2
+    assert "no stage fits here; the last, for example: not enough memory on cpu" in told.stderr

@@ -76,7 +76,7 @@ async def test_a_worker_leaves_when_told_waits_and_returns_when_told(
     works = asyncio.create_task(worker.run(stop))
     await tell(link, plan, await only(link, plan, "worker"), paused=True)
     await asyncio.wait_for(works, PATIENCE_S)
-    assert worker.paused == BY_HAND
+    assert worker.left == BY_HAND
     waits = asyncio.create_task(pausing(plan, transport_url, BY_HAND).run(stop))
     report = await only(link, plan, "paused")
     assert (report.stage, report.facts["reason"]) == (0, BY_HAND)
@@ -94,7 +94,7 @@ async def test_stopped_it_ends_whether_it_works_or_is_paused(transport_url: str,
     await only(link, plan, "worker")
     stop.set()
     await asyncio.wait_for(works, PATIENCE_S)
-    assert worker.paused == ""
+    assert worker.left == ""
     again = asyncio.Event()
     waits = asyncio.create_task(pausing(plan, transport_url, BY_HAND).run(again))
     await only(link, plan, "paused")
@@ -112,7 +112,7 @@ async def test_hours_that_end_send_it_away_and_hours_that_begin_call_it_back(
     await only(link, plan, "worker")
     monkeypatch.setattr(paused, "is_time", lambda hours: hours.covers(time(13)))
     await asyncio.wait_for(works, PATIENCE_S)
-    assert worker.paused == BY_HOURS
+    assert worker.left == BY_HOURS
     waits = asyncio.create_task(pausing(plan, transport_url, BY_HOURS, hours).run(stop))
     await only(link, plan, "paused")
     monkeypatch.setattr(paused, "is_time", lambda hours: hours.covers(time(11)))
@@ -151,7 +151,7 @@ async def test_it_makes_way_for_who_else_uses_the_device_and_returns_when_alone_
     await only(link, plan, "worker")
     guests.append("somebody")
     await asyncio.wait_for(works, PATIENCE_S)
-    assert worker.paused == BY_GUEST
+    assert worker.left == BY_GUEST
     waits = asyncio.create_task(pausing(plan, transport_url, BY_GUEST).run(stop))
     await only(link, plan, "paused")
     assert not waits.done()

@@ -45,10 +45,10 @@ ROOMS = (
     Room("compute", 2, "stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device"),
     Room("gpu guests", 2, "gpu_guests"),
     Room("text", 2, "tokenizer"),
-    Room("policy", 2, "batching codec_choice pacing verdicts partition rows scheduler"),
+    Room("policy", 2, "batching codec_choice pacing verdicts partition placement rows scheduler"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
-    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts paused"),
+    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts presence paused"),
     Room("coordinator", 4, "coordinator leases requests"),
     Room("producer", 4, "producer"),
     Room("survey", 4, "survey"),
@@ -56,7 +56,7 @@ ROOMS = (
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues launch flags running systemd commands operate console embedded "
+        "__main__ cli cli_queues launch flags running systemd commands worker_command joining operate console embedded "
         "batch_files batch_output batch_rows batch_job openai_bodies",
     ),
 )
