@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mqinfer import __version__, cli_scaling, flags
+from mqinfer import __version__, cli_scaling, cli_workers, flags
 from mqinfer.cli_queues import dead_app, queues_app
 from mqinfer.errors import MqinferError, SettingsError
 from mqinfer.launch import hide_torch, load_settings, operator, run
 from mqinfer.running import unless_stopped
+
+if TYPE_CHECKING:
+    pass
 
 app = typer.Typer(
     name="mqinfer",
@@ -179,6 +182,9 @@ def worker(
     threads: flags.Threads = None,
     codec: flags.Codec = None,
     instance: flags.Instance = None,
+    rebalance: flags.Rebalance = None,
+    hours: flags.Hours = None,
+    yield_gpu: flags.YieldGpu = None,
     model: flags.LocalModel = None,
     metrics_port: flags.MetricsPort = None,
     metrics_address: flags.MetricsAddress = None,
@@ -193,14 +199,25 @@ def worker(
 
     \b
       mqinfer worker -p pipeline.toml --stage 1 --device cuda:0 --broker amqp://guest:guest@localhost/
+      mqinfer worker -p pipeline.toml --stage auto --rebalance --device cuda:0
     """
-    from mqinfer import commands
+    from mqinfer import worker_command
     from mqinfer.settings import WorkerSettings
 
     given = {"pipeline": pipeline, "broker": broker, "device": device, "kv_bytes": kv_bytes, "threads": threads}
     given |= {"metrics_port": metrics_port, "metrics_address": metrics_address, "codec": codec, "instance": instance}
+    given |= {"hours": hours, "yield_gpu": yield_gpu, "rebalance": rebalance}
     settings = load_settings(WorkerSettings, config, **given, log_level=log_level, log_json=log_json)
-    run(lambda stop: commands.worker(settings, stage, model, stop=stop), with_torch=True, stopped=0)
+    number = _stage(stage)
+    run(lambda stop: worker_command.worker(settings, number, model, stop=stop), with_torch=True, stopped=0)
+
+
+def _stage(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise SettingsError(f"--stage {text}: a number from 0, or auto")
+    return int(text)
 
 
 @app.command()
@@ -276,6 +293,7 @@ def top(
 
 
 cli_scaling.add_to(app)
+cli_workers.add_to(app)
 
 
 def main() -> None:

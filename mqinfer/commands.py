@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mqinfer import checkpoint, console, systemd
 from mqinfer import plan as plans
@@ -30,9 +29,6 @@ from mqinfer.settings import AutoscalerSettings, BatchSettings, CoordinatorSetti
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Transport
-
-if TYPE_CHECKING:
-    from mqinfer.stage_compute import StageCompute
 
 #: Tells the metrics what their actor would report, and its facts.
 Attach = Callable[[Callable[[], Mapping[str, float]], Mapping[str, str]], None]
@@ -139,7 +135,7 @@ def _ready(worker: WorkerSettings, local: Local) -> tuple[Plan, Path, Tokenizer]
     folder = checkpoint.resolve(local.model or plan.model, plan.revision)
     if local.plan is not None:
         checkpoint.verify(folder, plan)
-    _check_room(plan, range(len(plan.stages)), folder, worker)
+    check_room(plan, range(len(plan.stages)), folder, worker)
     return plan, folder, Tokenizer.load(folder)
 
 
@@ -154,7 +150,7 @@ def _local_plan(local: Local) -> Plan:
     return checkpoint.make_plan(local.model, stages=stages, dtype=dtype)[0]
 
 
-def _check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: WorkerSettings) -> None:
+def check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: WorkerSettings) -> None:
     """Raises: SettingsError where the device is not there, or these stages can't have the memory that they need."""
     from mqinfer import device
     from mqinfer.kv_cache import ROUND_TOKENS
@@ -252,46 +248,12 @@ async def results(job: str, output: Path, settings: BatchSettings, *, wait: bool
     return SOME_ERRORS if progress.failed else ALL_ANSWERED
 
 
-async def worker(settings: WorkerSettings, stage: int, model: str | None, *, stop: asyncio.Event) -> int:
-    """Load a stage and serve it. The exit code."""
-    try:
-        from mqinfer.stage_worker import StageWorker
-    except ImportError as error:
-        raise SettingsError(f"a worker needs mqinfer[worker] ({error})") from error
-    plan = read_plan(settings)
-    if not 0 <= stage < len(plan.stages):
-        raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
-    await unless_stopped(stop, _reach(settings))
-    with _measured(settings, plan, stage) as attach:
-        compute = await unless_stopped(stop, asyncio.to_thread(_load_stage, plan, stage, model, settings))
-        serving = StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}"))
-        attach(lambda: serving.values(), actor_facts(plan, compute.facts))
-        async with systemd.kept_informed(serving.pulse, stop):
-            await serving.run(stop)
-    return 0
-
-
-async def _reach(settings: Settings) -> None:
-    """A wrong address or password is told before minutes are spent on weights."""
-    async with linked(settings, "hello"):
-        pass
-
-
-def _load_stage(plan: Plan, stage: int, model: str | None, settings: WorkerSettings) -> StageCompute:
-    from mqinfer.stage_compute import load_compute
-
-    folder = checkpoint.resolve(model or plan.model, plan.revision)
-    checkpoint.verify(folder, plan)
-    _check_room(plan, [stage], folder, settings)
-    return load_compute(plan, stage, folder, settings)
-
-
 async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop: asyncio.Event) -> int:
     """Coordinate. The exit code."""
     plan = read_plan(settings)
     tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
     coordinating = Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator"))
-    with _measured(settings, plan) as attach:
+    with measured(settings, plan) as attach:
         attach(lambda: coordinating.values(), actor_facts(plan))
         async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
             await coordinating.run(stop)
@@ -299,7 +261,7 @@ async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop:
 
 
 @contextlib.contextmanager
-def _measured(settings: Settings, plan: Plan, stage: int | None = None) -> Iterator[Attach]:
+def measured(settings: Settings, plan: Plan, stage: int | None = None) -> Iterator[Attach]:
     """Metrics of a worker of `stage`, or of a coordinator, are served while the body runs, where a port is set."""
     if not settings.metrics_port:
         yield lambda values, facts: None

@@ -79,7 +79,21 @@ PlanFile = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE",
 
 # Actors
 
-Stage = Annotated[int, typer.Option(metavar="K", help="Which stage of the plan, from 0.")]
+Stage = Annotated[
+    str,
+    typer.Option(
+        metavar="K|auto",
+        help="Which stage of the plan, from 0; auto: where it helps most of those that fit in its memory.",
+    ),
+]
+Rebalance = Annotated[
+    bool | None,
+    typer.Option(
+        "--rebalance",
+        help="With --stage auto: move, after draining, when another stage stays slower by a quarter and more. Or "
+        "MQINFER_REBALANCE.",
+    ),
+]
 LocalModel = Annotated[
     str | None,
     typer.Option(
@@ -103,6 +117,23 @@ Threads = Annotated[
     int | None,
     typer.Option(metavar="N", help="CPU threads of the compute, or MQINFER_THREADS. Default: one for each core."),
 ]
+Hours = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FROM-TO",
+        help="When it works, in local time, such as 20:00-07:00; several with commas; otherwise it is paused and its "
+        "device is free. Or MQINFER_HOURS. Default: always.",
+    ),
+]
+YieldGpu = Annotated[
+    bool | None,
+    typer.Option(
+        "--yield-gpu",
+        help="Leave the GPU while a process that is no worker of mqinfer computes there, and return half a minute "
+        "after it has gone. NVIDIA only; needs mqinfer[nvidia]. Or MQINFER_YIELD_GPU.",
+    ),
+]
+Target = Annotated[str, typer.Argument(metavar="WORKER|STAGE|HOST|all", help="Which workers, as status names them.")]
 Codec = Annotated[
     str | None,
     typer.Option(

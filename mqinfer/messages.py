@@ -256,10 +256,18 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pause:
+    """A worker is to leave its device to others, or, not `paused`, to return to it."""
+
+    plan: str
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What an actor says of itself; counters grow from its start."""
 
-    #: "worker" or "coordinator".
+    #: "worker", "coordinator" or, of a worker that has left its device, "paused".
     role: str
     id: str
     host: str
@@ -273,7 +281,7 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-Message = Request | Step | StepTaken | StepDone | Release | Probe | Result | JobTotal | Ask | Report
+Message = Request | Step | StepTaken | StepDone | Release | Probe | Result | JobTotal | Ask | Pause | Report
 
 #: Kind on the wire -> class. A kind is never given another meaning.
 KINDS: Mapping[str, type[Any]] = {
@@ -286,5 +294,6 @@ KINDS: Mapping[str, type[Any]] = {
     "result": Result,
     "job-total": JobTotal,
     "ask": Ask,
+    "pause": Pause,
     "report": Report,
 }

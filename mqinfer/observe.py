@@ -22,6 +22,9 @@ LINK_UNBLOCKED = "link.unblocked"  #: link, seconds
 # Workers
 STAGE_LOADED = "stage.loaded"  #: stage, layers, weight_bytes, peak_bytes, seconds, kv_bytes
 WORKER_DRAINED = "worker.drained"  #: given_back
+STAGE_CHOSEN = "stage.chosen"  #: stage, workers (of each stage, before)
+WORKER_PAUSED = "worker.paused"  #: stage, reason; its device is free for others
+WORKER_RESUMED = "worker.resumed"  #: stage
 #: stage, microbatches, rows, tokens, seconds; waits_s (of each step, in this worker's hands); in_bytes, out_bytes (of
 #: bodies); hidden_bytes, packed_bytes (of the hidden states in them, before and after the codec) (debug)
 STEP_COMPUTED = "step.computed"

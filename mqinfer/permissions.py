@@ -22,7 +22,7 @@ _TO_RESULTS = "mqinfer[.]to[.]results"
 _COLLECTED_DEAD = "mqinfer[.]collect[.](to[.])?dead"
 #: Every queue and exchange of a pipeline, after its name. Spelled out, because a pipeline's name may have dots.
 _ALL = (
-    rf"(requests|dead|control|{_STAGE}|(worker|coordinator|leases|reports)[.][^.]+"
+    rf"(requests|dead|control|choosing|{_STAGE}|(worker|coordinator|leases|reports)[.][^.]+"
     rf"|to[.](requests|dead|coordinator|leases|reports|{_STAGE}))"
 )
 
@@ -44,6 +44,7 @@ def users(pipeline: str, stages: int) -> tuple[User, ...]:
     """
     prefix = Topology(pipeline).prefix.replace(".", "[.]")
     workers = [_worker(pipeline, prefix, stage, last=stage == stages - 1) for stage in range(stages)]
+    workers.append(_spare(pipeline, prefix))
     return (*workers, _coordinator(pipeline, prefix), _producer(pipeline, prefix), _operator(pipeline, prefix))
 
 
@@ -57,6 +58,19 @@ def _worker(pipeline: str, prefix: str, stage: int, *, last: bool) -> User:
         configure=_any(prefix, [own]),
         write=_any(prefix, [own, *sent]),
         read=_any(prefix, [own, f"stage[.]{stage}", f"to[.]stage[.]{stage}", "control"]),
+    )
+
+
+def _spare(pipeline: str, prefix: str) -> User:
+    """For workers that choose their stage (`--stage auto`): those of any stage, and what they ask first."""
+    own = [f"worker[.]s[0-9]+-{_ID}", "choosing", f"reports[.]ask-{_ID}"]
+    sent = [f"to[.]{_STAGE}", "to[.](coordinator|dead|reports)", "control"]
+    seen = f"requests|dead|{_STAGE}"  # as below
+    return User(
+        name=f"{pipeline}-spare",
+        configure=_any(prefix, own),
+        write=_any(prefix, [*own, *sent, seen]),
+        read=_any(prefix, [*own, _STAGE, f"to[.]{_STAGE}", "to[.]reports", "control"]),
     )
 
 

@@ -103,6 +103,11 @@ class Topology:
         return QueueSpec(name=f"{self.prefix}.reports.{asker}", durable=False, exclusive=True)
 
     @property
+    def choosing(self) -> QueueSpec:
+        """Exclusive and always empty: who has it chooses a stage, and nobody else does."""
+        return QueueSpec(name=f"{self.prefix}.choosing", durable=False, exclusive=True)
+
+    @property
     def control(self) -> str:
         """Fan-out exchange that every actor of the pipeline listens to."""
         return f"{self.prefix}.control"

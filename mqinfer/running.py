@@ -18,6 +18,8 @@ Command = Callable[[asyncio.Event], Coroutine[Any, Any, T]]
 
 #: Exit code after Ctrl-C, as shells have it.
 INTERRUPTED = 130
+#: No process of ours has more files open.
+MOST_FILES = 2**16
 
 
 class Stopped(Exception):
@@ -64,6 +66,15 @@ async def _watched(command: Command[T]) -> T:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, asked, number)
     return await command(stop)
+
+
+def begin_anew(**environment: str) -> NoReturn:
+    """This command from its beginning, in this process but with none of its memory: what a GPU's driver keeps too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.environ.update(environment)
+    os.closerange(3, MOST_FILES)
+    os.execv(sys.executable, [sys.executable, "-m", "mqinfer", *sys.argv[1:]])  # noqa: S606
 
 
 def _leave(code: int) -> NoReturn:

@@ -16,7 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -26,6 +26,7 @@ from pydantic_settings import (
 )
 
 from mqinfer.errors import SettingsError
+from mqinfer.hours import Hours
 
 _UNITS = {
     "": 1,
@@ -101,6 +102,13 @@ def _words(value: Any) -> Any:
 
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
+
+
+def _check_hours(value: str) -> str:
+    Hours.parse(value)
+    return value
+
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
 
@@ -163,6 +171,14 @@ class WorkerSettings(Settings):
     codec: Literal["auto", "raw", "lossless", "int8", "int8+zstd"] = "auto"
     #: New positions computed in one forward at most, over all microbatches that wait.
     merge_tokens: int = Field(1024, ge=1)
+    #: When it works, such as 20:00-07:00 in local time; "": always. At other times the device is free for others.
+    hours: Annotated[str, AfterValidator(_check_hours)] = ""
+    #: Where it chose its stage itself: move when another one stays slower by a margin.
+    rebalance: bool = False
+    #: Leave the GPU while a process that is no worker computes there. NVIDIA's only.
+    yield_gpu: bool = False
+    #: Why it begins without its device, if it does: a worker that leaves its device starts itself anew with this.
+    paused: Literal["", "hand", "hours", "guest"] = ""
     #: On SIGTERM, how long to go on serving the rows whose keys and values are here; then they are replayed elsewhere.
     drain_s: float = Field(20.0, ge=0)
     #: Cached rows that nobody has asked for in so long are forgotten: their coordinator is gone.

@@ -7,24 +7,26 @@ output is being published and the next one's input arrives: a stage with work wa
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
-from mqinfer.errors import ComputeError, PlanMismatch, Unroutable, WireError
-from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
-from mqinfer.messages import Ask, Miss, MissReason, Probe, Release, Step, StepTaken
+from mqinfer.errors import ComputeError, PlanMismatch, WireError
+from mqinfer.link import Connect, bury, keep_linked, now_s
+from mqinfer.messages import Ask, MissReason, Pause, Probe, Release, Step, StepTaken
 from mqinfer.observe import WORKER_DRAINED, emit
+from mqinfer.paused import BY_HAND, Leave
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
 from mqinfer.reports import link_values, make_report
 from mqinfer.settings import WorkerSettings
-from mqinfer.stage_compute import Outgoing, StageCompute, step_done
+from mqinfer.stage_compute import Outgoing, StageCompute
 from mqinfer.stage_counts import StageCounts
 from mqinfer.stage_inbox import Arrived, StageInbox, Taken, forwards
+from mqinfer.stage_outbox import StageOutbox
 from mqinfer.transports.base import Delivery, Transport
 from mqinfer.verdicts import DEAD_LETTERS
 from mqinfer.wire import MAX_STEP_BYTES, decode, encode
@@ -47,14 +49,26 @@ class StageWorker:
     def __init__(
         self, plan: Plan, stage: int, compute: StageCompute, settings: WorkerSettings, connect: Connect
     ) -> None:
+        self.stage = stage
+        #: What it says of itself in words.
+        self.facts = compute.facts | {"instance": settings.instance, "process": str(os.getpid())}
         self._plan = plan
-        self._stage = stage
         self._compute = compute
         self._settings = settings
         self._connect = connect
         self._thread: ThreadPoolExecutor | None = None
         #: What it would report just now; nothing while it has no link. May be asked from any thread.
         self.values: Callable[[], Mapping[str, float]] = dict
+        self._leave = Leave()
+
+    @property
+    def left(self) -> str:
+        """Why it left its device, once `run` has returned; "": it has been stopped."""
+        return self._leave.reason
+
+    def leave(self, reason: str) -> None:
+        """Drain and return from `run`."""
+        self._leave.pause(reason)
 
     async def pulse(self) -> None:
         """Returns when the compute thread is free for a moment: not while a forward hangs. Idle, that is at once."""
@@ -62,20 +76,23 @@ class StageWorker:
             await asyncio.get_running_loop().run_in_executor(self._thread, int)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set, then drain. Raises: Refused at the first link."""
-        with ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self._stage}") as thread:
+        """Work until `stop` is set or it is to pause, then drain. Raises: Refused at the first link."""
+        with ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self.stage}") as thread:
             self._thread = thread
             await asyncio.get_running_loop().run_in_executor(thread, self._compute.prepare_thread)
 
             async def session(transport: Transport) -> None:
-                begun = WorkerSession(self._plan, self._stage, self._compute, self._settings, transport, thread)
+                begun = WorkerSession(
+                    self._plan, self.stage, self._compute, self._settings, transport, thread, self._leave, self.facts
+                )
                 self.values = begun.values
                 try:
-                    await begun.run(stop)
+                    await begun.run(self._leave.asked)
                 finally:
                     self.values = dict
 
-            await keep_linked(f"worker of stage {self._stage}", self._connect, session, stop)
+            async with self._leave.watching(stop, self._settings):
+                await keep_linked(f"worker of stage {self.stage}", self._connect, session, self._leave.asked)
 
 
 class WorkerSession:
@@ -89,6 +106,8 @@ class WorkerSession:
         settings: WorkerSettings,
         transport: Transport,
         thread: ThreadPoolExecutor,
+        leave: Leave,
+        facts: Mapping[str, str],
     ) -> None:
         self._plan = plan
         self._stage = stage
@@ -96,6 +115,8 @@ class WorkerSession:
         self._settings = settings
         self._transport = transport
         self._thread = thread
+        self._leave = leave
+        self._facts = facts
         self._topology = Topology(plan.name)
         self.id = new_id(f"s{stage}")
         self._queue = self._topology.worker(self.id)
@@ -104,6 +125,7 @@ class WorkerSession:
         self._closing = False
         self._failed_in_a_row = 0
         self._counts = StageCounts(stage)
+        self._outbox = StageOutbox(transport, self._topology, stage, self._counts)
         self._tasks: asyncio.TaskGroup
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -157,7 +179,7 @@ class WorkerSession:
         """The step in the delivery; everything else is dealt with here."""
         try:
             message = decode(delivery.body, limit_bytes=2 * MAX_STEP_BYTES)
-            if not isinstance(message, Probe | Ask | Release | Step):
+            if not isinstance(message, Probe | Ask | Pause | Release | Step):
                 raise WireError(f"a {type(message).__name__} is not for a worker")
             if isinstance(message, Step):
                 await self._check(message)
@@ -169,12 +191,14 @@ class WorkerSession:
             await self._in_thread(self._compute.engine.forget, message.owner, message.rows)
         elif isinstance(message, Ask):
             self._tasks.create_task(self._report(message))
+        elif isinstance(message, Pause) and message.paused:
+            self._leave.pause(BY_HAND)
         await delivery.ack()
         return None
 
     async def _check(self, step: Step) -> None:
         if step.plan != self._plan.digest:
-            await self._give_up(step, MissReason.PLAN, f"a worker of plan {self._plan.digest}")
+            await self._outbox.give_up(step, MissReason.PLAN, f"a worker of plan {self._plan.digest}")
             # Of another plan, they or we: keep from swallowing what a worker of the right one could do.
             until_s = now_s() + PLAN_PAUSE_S
             await self._inbox.stop_until(lambda: now_s() > until_s)
@@ -197,7 +221,7 @@ class WorkerSession:
     async def _told_lost(self, taken: Taken) -> bool:
         """If a worker died with this new microbatch, tell its owner, who counts that; whether it is settled thus."""
         if taken.delivery.redelivered:
-            await self._give_up(taken.step, MissReason.LOST, "its worker died")
+            await self._outbox.give_up(taken.step, MissReason.LOST, "its worker died")
             await taken.delivery.ack()
         return taken.delivery.redelivered
 
@@ -205,7 +229,7 @@ class WorkerSession:
         """Before it is computed: a stage's only worker that dies of it has no peer who would see it redelivered."""
         me = self._queue.name
         told = StepTaken(plan=step.plan, microbatch=step.microbatch, number=step.number, worker=me, passed=passed)
-        await self._to_owner(step.owner, encode(told))
+        await self._outbox.to_owner(step.owner, encode(told))
 
     def _has_room(self, step: Step) -> bool:
         """An empty worker takes anything: what does not fit it then never will, and its owner is told."""
@@ -244,10 +268,10 @@ class WorkerSession:
             for item, out in zip(taken, outgoing, strict=True):
                 self._counts.missed(out.misses)
                 if out.ends:
-                    await self._to_owner(item.step.owner, out.body)
+                    await self._outbox.to_owner(item.step.owner, out.body)
                 else:
                     began_s = now_s()
-                    await self._to_next(item.step, out)
+                    await self._outbox.to_next(item.step, out)
                     self._compute.published(out, now_s() - began_s)
                 if out.unreadable:
                     await self._bury(item.delivery, out.unreadable)
@@ -265,32 +289,6 @@ class WorkerSession:
         if self._failed_in_a_row >= MOST_FAILED_STEPS:
             raise ComputeError(f"{self._failed_in_a_row} steps in a row failed here: is the device all right?")
 
-    async def _to_next(self, step: Step, out: Outgoing) -> None:
-        if len(step.route) <= self._stage + 1:
-            await publish_declared(
-                self._transport, self._topology.stage(self._stage + 1), out.body, ttl_s=step.ttl_s or None
-            )
-            return
-        try:
-            await self._transport.publish(step.route[self._stage + 1], out.body)
-        except Unroutable:
-            await self._give_up(step, MissReason.GONE, "the next worker is gone", beside=out.misses)
-
-    async def _to_owner(self, owner: str, body: bytes) -> None:
-        with contextlib.suppress(Unroutable):  # the coordinator is gone; its rows are forgotten when idle
-            await self._transport.publish(owner, body)
-
-    async def _give_up(self, step: Step, reason: MissReason, detail: str, *, beside: tuple[Miss, ...] = ()) -> None:
-        """End the trip here with all rows missed, but for those that were missed already `beside`."""
-        known = {miss.row for miss in beside}
-        missed = tuple(
-            Miss(row=row.row, epoch=row.epoch, stage=self._stage, reason=reason, detail=detail)
-            for row in step.rows
-            if row.row not in known
-        )
-        self._counts.missed(missed)
-        await self._to_owner(step.owner, encode(step_done(step, step.misses + beside + missed)))
-
     async def _bury(self, delivery: Delivery, reason: str) -> None:
         await bury(self._transport, self._topology.dead, delivery, reason)
         self._counts.values["dead_letters"] += 1
@@ -302,7 +300,7 @@ class WorkerSession:
         self._closing = True
         await self._inbox.close()
         await self._give_back(self._inbox.shared)
-        deadline_s = now_s() + self._settings.drain_s
+        deadline_s = now_s() + self._leave.drain_s(self._settings.drain_s)
         alarm = asyncio.get_running_loop().call_at(deadline_s, self._inbox.arrived.set)
         await self._work_until(lambda: now_s() >= deadline_s or (self._compute.is_empty and not self._inbox.own))
         alarm.cancel()
@@ -320,7 +318,7 @@ class WorkerSession:
                 if not await self._told_lost(taken):
                     await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
             else:
-                await self._give_up(replace(taken.step, closing=True), MissReason.GONE, "the worker leaves")
+                await self._outbox.give_up(replace(taken.step, closing=True), MissReason.GONE, "the worker leaves")
                 await taken.delivery.ack()
         return rows
 
@@ -339,9 +337,8 @@ class WorkerSession:
         return self._counts.now(self._compute.engine, self._inbox) | link_values(self._transport)
 
     async def _report(self, ask: Ask) -> None:
-        facts = self._compute.facts | {"instance": self._settings.instance}
-        report = make_report("worker", self.id, self._plan, self.values(), facts, stage=self._stage)
-        await self._to_owner(ask.reply_to, encode(report))
+        report = make_report("worker", self.id, self._plan, self.values(), self._facts, stage=self._stage)
+        await self._outbox.to_owner(ask.reply_to, encode(report))
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)

@@ -65,6 +65,10 @@ class Survey:
         """Workers of the stage that answered."""
         return [report for report in self.reports.values() if report.role == "worker" and report.stage == stage]
 
+    def paused(self) -> list[Report]:
+        """Workers that have left their devices and answered."""
+        return [report for report in self.reports.values() if report.role == "paused"]
+
     def blocked_s(self) -> float:
         """How long the broker kept the actor that it kept longest from publishing, since that one's link is open."""
         return max((report.values.get("blocked_s", 0.0) for report in self.reports.values()), default=0.0)

@@ -33,7 +33,7 @@ class Room:
 #: Rooms of one floor are blind to each other.
 ROOMS = (
     Room("words", 0, "__init__ errors observe"),
-    Room("what travels", 1, "messages wire wire_fields wire_header queues permissions plan settings families"),
+    Room("what travels", 1, "messages wire wire_fields wire_header queues permissions plan settings hours families"),
     Room("codec", 2, "tensor_codec"),
     Room(
         "transports",
@@ -43,12 +43,13 @@ ROOMS = (
     ),
     Room("checkpoint", 2, "checkpoint headers anatomy hub"),
     Room("compute", 2, "stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device"),
+    Room("gpu guests", 2, "gpu_guests"),
     Room("text", 2, "tokenizer"),
-    Room("policy", 2, "batching codec_choice pacing verdicts partition rows scheduler forecast scaling"),
+    Room("policy", 2, "batching codec_choice pacing verdicts partition placement rows scheduler forecast scaling"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link reports"),
     Room("survey", 3, "survey"),
-    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
+    Room("worker", 4, "stage_worker stage_inbox stage_outbox stage_compute stage_counts presence paused"),
     Room("coordinator", 4, "coordinator coordinator_counts coordinator_load leases requests"),
     Room("producer", 4, "producer"),
     Room("autoscaler", 4, "autoscaler actuators"),
@@ -56,8 +57,9 @@ ROOMS = (
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues cli_scaling launch flags running systemd metrics commands operate top console "
-        "advice_words pipeline_view embedded batch_files batch_output batch_rows batch_job openai_bodies",
+        "__main__ cli cli_queues cli_scaling cli_workers launch flags running systemd metrics commands worker_command "
+        "joining pause_command operate top console advice_words pipeline_view embedded batch_files batch_output "
+        "batch_rows batch_job openai_bodies",
     ),
 )
 
@@ -70,6 +72,7 @@ HOMES = {
     "msgpack": "wire_header",
     "numpy": "tensor_codec",
     "prometheus_client": "metrics",
+    "pynvml": "gpu_guests",
     "pydantic": "settings openai_bodies",
     "pydantic_settings": "settings",
     "rich": "console pipeline_view top",
@@ -79,7 +82,7 @@ HOMES = {
     "torch": "tensor_codec stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device "
     "stage_engine stage_compute",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
-    "typer": "cli cli_queues cli_scaling launch flags",
+    "typer": "cli cli_queues cli_scaling cli_workers launch flags",
     "uvloop": "running",
     "xxhash": "wire",
     "yarl": "transports.rabbitmq_connect",

@@ -21,6 +21,7 @@ from mqinfer.messages import (
     Miss,
     MissReason,
     Packed,
+    Pause,
     Probe,
     Release,
     Report,
@@ -116,6 +117,7 @@ GOLDEN: dict[str, Message] = {
         error="the prompt is too long",
     ),
     "job-total": JobTotal(job="job-1", total=1_000_000),
+    "pause": Pause(plan=PLAN, paused=True),
     "ask": Ask(plan=PLAN, reply_to="mqinfer.demo.reports.s-1"),
     "report": Report(
         role="coordinator",

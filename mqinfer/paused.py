@@ -1,0 +1,166 @@
+"""A worker that has left its device to others: nothing of it is there any more, but it can be seen and called back.
+
+A worker that leaves starts its program anew (`commands.worker`), which gives back even what CUDA keeps for as long as a
+process lives; here it waits until it may return. torch may not be imported here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import datetime
+
+from mqinfer.gpu_guests import guests_on
+from mqinfer.hours import Hours
+from mqinfer.link import Connect, keep_linked, now_s
+from mqinfer.messages import Pause
+from mqinfer.observe import WORKER_PAUSED, WORKER_RESUMED, emit
+from mqinfer.plan import Plan
+from mqinfer.presence import Presence
+from mqinfer.settings import WorkerSettings
+from mqinfer.transports.base import Transport
+
+#: Why a worker is not on its device: somebody said so; it is outside of its hours; somebody else computes there.
+BY_HAND, BY_HOURS, BY_GUEST = "hand", "hours", "guest"
+#: Why it leaves a stage, for another one and at its leisure.
+TO_MOVE = "move"
+#: How often the clock, which may jump (machines sleep), and the device are looked at.
+LOOK_S = 1.0
+#: How long nobody else may have been on the device before a worker returns.
+ALONE_S = 30.0
+#: How long a worker that pauses goes on with what it has; the device is to be free within 5 s.
+DRAIN_S = 2.0
+
+
+class Leave:
+    """Whether a worker is to leave, and why. Set once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        #: Why it pauses or moves; "": it ends.
+        self.reason = ""
+
+    def pause(self, reason: str) -> None:
+        """Leave the device, to come back later or elsewhere."""
+        if not self.asked.is_set():
+            self.reason = reason
+            self.asked.set()
+
+    def drain_s(self, usual_s: float) -> float:
+        """How long it may go on serving the rows that are cached: somebody waits for the device."""
+        return usual_s if self.reason in ("", TO_MOVE) else min(usual_s, DRAIN_S)
+
+    @asynccontextmanager
+    async def watching(self, stop: asyncio.Event, settings: WorkerSettings) -> AsyncIterator[None]:
+        """Within, it is asked to leave: when `stop` is set, its hours are over, or somebody else uses its GPU.
+
+        Raises: SettingsError where nobody could tell the last.
+        """
+        watches = [asyncio.ensure_future(self._end_with(stop))]
+        if settings.yield_gpu:
+            watches.append(asyncio.ensure_future(self._make_way(guests_on(settings.device))))
+        if settings.hours:
+            watches.append(asyncio.ensure_future(self._keep(Hours.parse(settings.hours))))
+        try:
+            yield
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    async def _end_with(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self.asked.set()
+
+    async def _keep(self, hours: Hours) -> None:
+        await until(lambda: is_time(hours))  # called back by hand outside of them, it stays until their next end
+        await until(lambda: not is_time(hours))
+        self.pause(BY_HOURS)
+
+    async def _make_way(self, guests: Callable[[], bool]) -> None:
+        await until(guests)
+        self.pause(BY_GUEST)
+
+
+def is_time(hours: Hours) -> bool:
+    """Whether a worker with these hours works now, by the local clock."""
+    return hours.covers(datetime.now().time())
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Look every LOOK_S."""
+    while not true():  # noqa: ASYNC110 - the clock on the wall tells nobody
+        await asyncio.sleep(LOOK_S)
+
+
+class PausedWorker:
+    """What is left of a worker while it is paused."""
+
+    def __init__(self, plan: Plan, stage: int, reason: str, settings: WorkerSettings, connect: Connect) -> None:
+        self._plan = plan
+        self._stage = stage
+        self._reason = reason
+        self._settings = settings
+        self._connect = connect
+        self._returns = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> bool:
+        """Until it is to return to its device (True) or `stop` is set (False). Raises: Refused at the first link."""
+        over = asyncio.Event()
+
+        async def either() -> None:
+            tasks = [asyncio.ensure_future(event.wait()) for event in (stop, self._returns)]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                over.set()
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        emit(WORKER_PAUSED, stage=self._stage, reason=self._reason)
+        watches = [asyncio.ensure_future(either()), asyncio.ensure_future(self._wait_for_cause())]
+        try:
+            await keep_linked("paused worker", self._connect, lambda link: self._session(link, over), over)
+        finally:
+            for watch in watches:
+                watch.cancel()
+        if self._returns.is_set() and not stop.is_set():
+            emit(WORKER_RESUMED, stage=self._stage)
+            return True
+        return False
+
+    async def _wait_for_cause(self) -> None:
+        """Until what sent it away is over; whoever did it by hand calls it back by hand."""
+        if self._reason == BY_HOURS:
+            hours = Hours.parse(self._settings.hours)
+            await until(lambda: is_time(hours))
+        elif self._reason == BY_GUEST:
+            await self._until_alone(guests_on(self._settings.device))
+        else:
+            return
+        self._returns.set()
+
+    async def _until_alone(self, guests: Callable[[], bool]) -> None:
+        last_s = now_s()
+
+        def alone() -> bool:
+            nonlocal last_s
+            if guests():
+                last_s = now_s()
+            return now_s() - last_s >= ALONE_S
+
+        await until(alone)
+
+    async def _session(self, transport: Transport, over: asyncio.Event) -> None:
+        facts = {"device": self._settings.device, "reason": self._reason}
+        presence = Presence(self._plan, self._stage, "paused", facts, self._be_told)
+        async with asyncio.TaskGroup() as tasks:
+            await presence.open(transport)
+            loops = [tasks.create_task(transport.closed()), tasks.create_task(presence.serve(transport))]
+            await over.wait()
+            for loop in loops:
+                loop.cancel()
+
+    def _be_told(self, message: Pause) -> None:
+        if not message.paused:
+            self._returns.set()
