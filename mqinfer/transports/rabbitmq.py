@@ -176,7 +176,9 @@ class RabbitmqTransport:
 
     async def declare_exchange(self, name: str, *, fanout: bool = False) -> None:
         """See base.Transport."""
-        await self._exchange(name, kind="fanout" if fanout else "direct")
+        if await self._exchange(name) is None:
+            async with self._link.throw_away_channel(name) as channel:
+                await channel.exchange_declare(name, exchange_type="fanout" if fanout else "direct", durable=True)
 
     async def publish(
         self,
@@ -197,15 +199,18 @@ class RabbitmqTransport:
             expiration=ttl_s,
         )
         exchange = await self._exchange(exchange_of(queue))
+        if exchange is None:
+            raise Unroutable(f"the queue {queue} does not exist")
         async with self._link.border(queue, publishing=True):
             await exchange.publish(message, queue, mandatory=True)
 
     async def broadcast(self, exchange: str, body: bytes) -> None:
         """See base.Transport."""
         message = Message(body, delivery_mode=DeliveryMode.NOT_PERSISTENT)
-        fanout = await self._exchange(exchange, kind="fanout")
-        async with self._link.border(publishing=True):
-            await fanout.publish(message, "", mandatory=False)
+        fanout = await self._exchange(exchange)
+        if fanout is not None:
+            async with self._link.border(publishing=True):
+                await fanout.publish(message, "", mandatory=False)
 
     async def consume(self, queue: str, *, prefetch: int, sink: Sink) -> RabbitmqSubscription:
         """See base.Transport. Raises: Refused where another link owns the queue."""
@@ -262,32 +267,29 @@ class RabbitmqTransport:
             raise refusal
 
     async def _bind(self, spec: QueueSpec) -> None:
-        kinds = {exchange_of(spec.name): "direct", spec.fanout or "": "fanout"}
-        for exchange, kind in kinds.items():
+        for exchange, key in ((exchange_of(spec.name), spec.name), (spec.fanout, "")):
             if exchange:
-                await self._exchange(exchange, kind=kind)
+                await self.declare_exchange(exchange, fanout=exchange == spec.fanout)
                 async with self._link.throw_away_channel(spec.name) as channel:
-                    await channel.queue_bind(spec.name, exchange, spec.name if kind == "direct" else "")
+                    await channel.queue_bind(spec.name, exchange, key)
 
-    async def _exchange(self, name: str, *, kind: str = "direct") -> AbstractExchange:
-        """The exchange, which is there: publishing to one that is not would cost us the channel."""
+    async def _exchange(self, name: str) -> AbstractExchange | None:
+        """The exchange, if it is there: publishing to one that is not would cost us the channel."""
         if not name:
             return self._channel.default_exchange
-        if name not in self._exchanges:
-            await self._ensure_exchange(name, kind)
+        if name not in self._exchanges and await self._is_there(name):
             self._exchanges[name] = await self._channel.get_exchange(name, ensure=False)
-        return self._exchanges[name]
+        return self._exchanges.get(name)
 
-    async def _ensure_exchange(self, name: str, kind: str) -> None:
-        # Looked for first: who uses it need not be allowed to make it. RabbitMQ 4.2.6 and 4.3.0 forbid the look too.
+    async def _is_there(self, exchange: str) -> bool:
         try:
-            async with self._link.throw_away_channel(name) as channel:
-                await channel.exchange_declare(name, passive=True)
+            async with self._link.throw_away_channel(exchange) as channel:
+                await channel.exchange_declare(exchange, passive=True)
         except Unroutable:
-            async with self._link.throw_away_channel(name) as channel:
-                await channel.exchange_declare(name, exchange_type=kind, durable=True)
+            return False
         except Forbidden:
-            pass
+            pass  # not even a look, as RabbitMQ 4.2.6 and 4.3.0 have it: whoever uses it will see
+        return True
 
 
 def _arguments(spec: QueueSpec) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from private_broker import free_ports
 from proxy import Proxy
 from yarl import URL
 
-from mqinfer.errors import Disconnected, MqinferError, Refused, SettingsError
-from mqinfer.queues import QueueSpec
+from mqinfer.errors import Disconnected, MqinferError, Refused, SettingsError, Unroutable
+from mqinfer.queues import QueueSpec, new_id
 from mqinfer.transports import open_transport, rabbitmq_link
 from mqinfer.transports.base import QueueState, Transport
 from mqinfer.transports.rabbitmq import RabbitmqTransport
@@ -329,3 +329,12 @@ async def test_a_cancellation_that_aiormq_swallows_still_cancels(links: Links) -
 async def inspect_for_ever(link: Transport) -> None:
     while True:
         await link.inspect("mqinfer.test.not-there")
+
+
+async def test_to_publish_to_a_queue_that_is_not_there_makes_nothing(links: Links, broker: Broker) -> None:
+    link, pipeline = await links.open(), new_id("never")
+    for _ in range(2):
+        with pytest.raises(Unroutable):
+            await link.publish(f"mqinfer.{pipeline}.requests", b"body")
+        await link.broadcast(f"mqinfer.{pipeline}.control", b"body")
+    assert pipeline not in broker.ctl("list_exchanges", "--quiet", "name")

@@ -298,7 +298,7 @@ def run_command(url: str, folder: Path, *command: str, how: str) -> subprocess.C
         capture_output=True,
         text=True,
         check=False,
-        timeout=PATIENCE_S,
+        timeout=110,  # it imports all that a command needs
     )
 
 
