@@ -135,6 +135,7 @@ def test_the_definitions_name_every_user_of_the_pipeline_once() -> None:
     assert [entry["user"] for entry in found] == [
         "demo-stage-0",
         "demo-stage-1",
+        "demo-spare",
         "demo-coordinator",
         "demo-producer",
         "demo-operator",
