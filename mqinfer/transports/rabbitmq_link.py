@@ -116,8 +116,11 @@ class Link:
             if _cancelling() > cancelling:
                 raise
             raise self._lost(error) from error
-        except (AMQPError, OSError, RuntimeError) as error:
-            raise self._lost(error) from error
+        except Exception as error:
+            # aiormq rejects what waits on a channel that it loses with a bare Exception, where it knows no reason.
+            if isinstance(error, AMQPError | OSError | RuntimeError) or type(error) is Exception:
+                raise self._lost(error) from error
+            raise
         finally:
             if _cancelling() > cancelling:  # aiormq swallows a cancellation that meets it closing a channel
                 raise asyncio.CancelledError

@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import aiormq.channel
 import aiormq.connection
 import pytest
 from aio_pika.exceptions import AMQPConnectionError
@@ -115,6 +116,26 @@ async def test_whatever_the_client_makes_of_a_broker_that_goes_while_it_says_hel
     monkeypatch.setattr(AbortableConnection, "connect", connect)
     with pytest.raises(Refused, match=r"127\.0\.0\.1:5672 hung up while the connection was being opened"):
         await open_transport("amqp://127.0.0.1/")
+
+
+async def test_an_error_of_no_kind_with_which_the_client_ends_what_waits_on_a_lost_channel_is_a_lost_link(
+    links: Links, new_queue: NewQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A coordinator was seen to end by it: aiormq rejects futures without a reason with a bare Exception."""
+    link, queue, inbox = await links.open(), new_queue(), Inbox()
+    await link.declare(queue)
+    await link.consume(queue.name, prefetch=1, sink=inbox)
+    await link.publish(queue.name, b"body")
+    delivery = await inbox.take()
+
+    async def rejected(self: object, *_: object) -> None:
+        raise Exception
+
+    monkeypatch.setattr(aiormq.channel.Channel, "basic_ack", rejected)
+    with pytest.raises(Disconnected):
+        await delivery.ack()
+    with pytest.raises(Disconnected):
+        await link.closed()
 
 
 async def test_who_is_cancelled_while_a_connection_is_opened_is_cancelled(servers: dict[str, int]) -> None:

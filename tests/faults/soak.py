@@ -26,6 +26,8 @@ from workload import SHORT, repeated
 WARM_UP_S = 60.0
 #: Of the log of what went wrong.
 LOG_CHARS = 3000
+#: Exit code of a command that can't open its first link.
+NO_LINK = 2
 #: Between two faults.
 PAUSE_S = (2.0, 8.0)
 
@@ -71,10 +73,18 @@ class Soak:
     def settle(self) -> None:
         """The job comes to its end; its file is compared."""
         code = self.job.actor.wait(600)
+        while code == NO_LINK and "hung up" in self.job.actor.said()[-LOG_CHARS:]:  # cut while it began: as a user does
+            self.rerun()
+            code = self.job.actor.wait(600)
         counts = count(self.job.output, self.asked, self.answers, frozenset())
         self.report.count(counts)
         if code != 0 or not counts.good:
             self.failed.append(f"a job ended with {code}: {counts}\n{self.job.actor.said()[-LOG_CHARS:]}")
+
+    def rerun(self) -> None:
+        """The job's command once more."""
+        self.roster.fleet.actors.remove(self.job.actor)
+        self.job = self.roster.run(self.job.output.with_suffix(".prompts"), self.job.output, self.asked, proxied=True)
 
     def any_actor(self) -> str:
         """The name of one of the fleet's actors."""
@@ -114,8 +124,7 @@ def kill_the_producer(soak: Soak) -> None:
     job = soak.job
     if job.actor.lives:
         job.actor.kill()
-    soak.roster.fleet.actors.remove(job.actor)
-    soak.job = soak.roster.run(job.output.with_suffix(".prompts"), job.output, soak.asked, proxied=True)
+    soak.rerun()
 
 
 def kill_the_broker(soak: Soak) -> None:
