@@ -14,7 +14,7 @@ from link_harness import Inbox, Links, NewQueue, ended, until_ready
 from mqinfer import survey
 from mqinfer.errors import Disconnected
 from mqinfer.observe import LINK_BLOCKED, LINK_UNBLOCKED, add_sink
-from mqinfer.queues import new_id
+from mqinfer.queues import Topology, new_id
 from mqinfer.transports.base import Transport
 
 pytestmark = pytest.mark.broker
@@ -188,6 +188,7 @@ async def test_a_survey_during_an_alarm_says_so_and_still_sees_the_queues(
     link = await links.open(timeout_s=TIMEOUT_S)
     requests = new_queue()
     await link.declare(requests)
+    await link.declare(Topology(plan.name).coordinator("c-1"))  # somebody who could be asked
     await memory.begin()
     async with asyncio.timeout(20):
         seen = await survey.take(link, plan)
