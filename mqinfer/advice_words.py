@@ -19,8 +19,8 @@ _NOTHING = {
     "Trips spend theirs on links, in the broker or in the coordinator.",
     Why.LITTLE_WORK: "There is too little work to keep a stage busy: even the busiest, stage {stage}, computes only "
     "{busy:.0%} of the time, with {rows:.0f} requests in flight.",
-    Why.AT_MOST: "Stage {stage} is the busiest ({busy:.0%} of the time), and one more consumer would bring "
-    "{gain:+.0%}, but it may have no more.",
+    Why.AT_MOST: "Stage {stage} is bound: its consumers computed {busy:.0%} of the time, and one more would bring "
+    "{gain:+.0%}. But it has as many as it may have.",
     Why.BALANCED: "The stages are balanced: stage {stage} is the busiest ({busy:.0%} of the time), but one more "
     "consumer, wherever it is, brings {gain:+.0%} at most.",
 }

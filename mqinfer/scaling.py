@@ -174,7 +174,9 @@ def advise(window: Window, limits: Mapping[int, Limits] | None = None) -> Advice
     spare = max(rest, key=rest.__getitem__, default=None)
     if spare is not None and rest[spare] >= -MOST_LOSS:
         return _advice(window, Why.SPARE, gains, Change.DOWN, spare, rest[spare])
-    return _advice(window, _reason(window, model, gains), gains)
+    why = _reason(window, model, gains)
+    full = max(gains, key=gains.__getitem__) if why is Why.AT_MOST else None
+    return _advice(window, why, gains, stage=full)
 
 
 def _without_forecast(window: Window, bounds: Sequence[Limits]) -> Advice | None:
@@ -206,10 +208,12 @@ def _advice(
     stage: int | None = None,
     gain: float = 0.0,
 ) -> Advice:
-    """Without a change it names the busiest stage."""
+    """Without a change and a stage it names the busiest one."""
     busy = tuple(seen.busy for seen in window.stages)
-    if change is Change.NONE and any(busy):
-        stage, gain = _busiest(window)[0], max((gains or {}).values(), default=0.0)
+    if change is Change.NONE:
+        gain = max((gains or {}).values(), default=0.0)
+        if stage is None and any(busy):
+            stage = _busiest(window)[0]
     rows_per_s = window.stages[-1].rate("rows") if window.stages else 0.0
     return Advice(
         change=change, why=why, stage=stage, gain=gain, rows_per_s=rows_per_s, busy=busy, gains=dict(gains or {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from fakes import make_plan
 from mqinfer import observe
 from mqinfer.actuators import ActionFailed, Actuator, Consumer
 from mqinfer.autoscaler import Autoscaler, stage_limits, to_start, to_stop
+from mqinfer.batching import busy_target
 from mqinfer.errors import SettingsError
 from mqinfer.messages import Report
 from mqinfer.settings import AutoscalerSettings, load
@@ -18,38 +19,44 @@ from mqinfer.survey import Survey
 from mqinfer.transports.base import Transport
 
 
-def worker(stage: int, instance: str = "", host: str = "h", **values: float) -> Report:
-    name = f"{host}/{instance or stage}"
-    clock_s = values.pop("clock_s", 0.0)
-    return Report(
-        role="worker", id=name, host=host, stage=stage, clock_s=clock_s, values=values, facts={"instance": instance}
-    )
-
-
-def coordinator() -> Report:
-    values = {"rows": 64.0, "microbatches": 2.0, "microbatch_rows": 64.0}
-    return Report(role="coordinator", id="c", host="h", stage=-1, clock_s=0.0, values=values)
+def worker(stage: int, instance: str, host: str) -> Report:
+    name = f"{host}/{instance}"
+    return Report(role="worker", id=name, host=host, stage=stage, clock_s=0.0, facts={"instance": instance})
 
 
 def seen(*reports: Report, stages: int = 2, blocked: str = "") -> Survey:
     return Survey(None, None, (None,) * stages, {report.id: report for report in reports}, blocked)
 
 
-def busy(stage: int, at_s: float, share: float, instance: str = "") -> Report:
-    """At work since its clock began, with forwards of 32 positions in a tenth of a second, nearly all of it theirs."""
-    count = 10 * share * at_s
-    return worker(
-        stage,
-        instance,
-        clock_s=at_s,
-        busy_s=share * at_s,
-        forwards=count,
-        steps=count,
-        rows=32 * count,
-        tokens=32 * count,
-        tokens_squared=1300 * count,
-        token_busy_s=4.0 * count,
-    )
+def fleet(at_s: float, first: Sequence[str] = ("",), second: Sequence[str] = ("",)) -> Survey:
+    """Two stages at work since the clocks began, with consumers of these instances; the second takes far longer."""
+    stages, seconds = (first, second), (0.02, 0.1)
+    per_s = min(len(there) / each_s for there, each_s in zip(stages, seconds, strict=True))
+    workers = [
+        computing(stage, f"{number}", instance, at_s, per_s / len(there), each_s)
+        for stage, (there, each_s) in enumerate(zip(stages, seconds, strict=True))
+        for number, instance in enumerate(there)
+    ]
+    values = {"rows": 64.0, "microbatch_rows": 64.0, "microbatches": float(busy_target([len(first), len(second)]))}
+    coordinator = Report(role="coordinator", id="c", host="h", stage=-1, clock_s=at_s, values=values)
+    return seen(*workers, coordinator)
+
+
+def computing(stage: int, number: str, instance: str, at_s: float, per_s: float, each_s: float) -> Report:
+    """A consumer with so many forwards a second of 32 positions, some more, some less; nearly all of each is theirs."""
+    count = per_s * at_s
+    values = {
+        "busy_s": each_s * count,
+        "forwards": count,
+        "steps": count,
+        "rows": 32 * count,
+        "tokens": 32 * count,
+        "tokens_squared": 1300 * count,
+        "token_busy_s": 40 * each_s * count,
+    }
+    facts = {"instance": instance}
+    name = f"s{stage}-{number}"
+    return Report(role="worker", id=name, host="h", stage=stage, clock_s=at_s, values=values, facts=facts)
 
 
 class Acting:
@@ -81,11 +88,6 @@ def scaler(acting: Actuator | None, **settings: Any) -> Autoscaler:
     return Autoscaler(make_plan("p"), load(AutoscalerSettings, **given), no_link, acting)
 
 
-def hot(at_s: float, *more: Report) -> Survey:
-    """Stage 1 takes all of its consumer's time, stage 0 a fifth of its own."""
-    return seen(busy(0, at_s, 0.2), busy(1, at_s, 1.0), coordinator(), *more)
-
-
 @pytest.fixture
 def told() -> Iterator[list[tuple[str, Mapping[str, Any]]]]:
     """What is emitted of scaling."""
@@ -104,9 +106,9 @@ async def test_a_hot_stage_gets_one_consumer_once_several_looks_agree(told: list
     acting = Acting()
     scaling = scaler(acting)
     for at_s in (5.0, 10.0, 15.0, 20.0):
-        await scaling.look(hot(at_s), at_s)
+        await scaling.look(fleet(at_s), at_s)
         assert acting.done == []
-    await scaling.look(hot(25.0), 25.0)
+    await scaling.look(fleet(25.0), 25.0)
     assert acting.done == [("start", "1-auto1")]
     (decision,) = decided(told, acts=True)
     assert (decision["change"], decision["stage"], decision["why"]) == ("up", 1, "bound")
@@ -119,13 +121,13 @@ async def test_a_stage_is_left_alone_until_its_new_consumer_has_come_and_a_cool_
     acting = Acting()
     scaling = scaler(acting)
     for at_s in range(0, 600, 5):
-        await scaling.look(hot(at_s), at_s)
+        await scaling.look(fleet(at_s), at_s)
     assert acting.done == [("start", "1-auto1")]
     for at_s in range(600, 655, 5):
-        await scaling.look(hot(at_s, busy(1, at_s, 1.0, "1-auto1")), at_s)
+        await scaling.look(fleet(at_s, second=["", "1-auto1"]), at_s)
     assert acting.done == [("start", "1-auto1")]
     for at_s in range(655, 720, 5):
-        await scaling.look(hot(at_s, busy(1, at_s, 1.0, "1-auto1")), at_s)
+        await scaling.look(fleet(at_s, second=["", "1-auto1"]), at_s)
     assert acting.done == [("start", "1-auto1"), ("start", "1-auto2")]
     assert (observe.SCALE_SETTLED, "1-auto1") in [(event, fields.get("instance")) for event, fields in told]
 
@@ -133,7 +135,7 @@ async def test_a_stage_is_left_alone_until_its_new_consumer_has_come_and_a_cool_
 async def test_a_dry_run_tells_what_it_would_do_and_does_nothing(told: list[Any]) -> None:
     scaling = scaler(None)
     for at_s in range(0, 60, 5):
-        await scaling.look(hot(at_s), at_s)
+        await scaling.look(fleet(at_s), at_s)
     (decision,) = decided(told, acts=True)
     assert (decision["dry_run"], decision["change"], decision["stage"]) == (True, "up", 1)
     assert {event for event, _ in told} == {observe.SCALE_DECIDED}
@@ -144,13 +146,13 @@ async def test_a_command_that_fails_is_told_and_tried_again_later_and_later(told
     acting.broken = "no such unit"
     scaling = scaler(acting)
     for at_s in range(0, 200, 5):
-        await scaling.look(hot(at_s), at_s)
+        await scaling.look(fleet(at_s), at_s)
     failures = [fields for event, fields in told if event == observe.SCALE_FAILED]
     assert [fields["retry_s"] for fields in failures][:3] == [15, 30, 60]
     assert {fields["error"] for fields in failures} == {"no such unit"}
     acting.broken = ""
     for at_s in range(200, 400, 5):
-        await scaling.look(hot(at_s), at_s)
+        await scaling.look(fleet(at_s), at_s)
     assert set(acting.done) == {("start", "1-auto1")}
     assert len(acting.done) == len(failures) + 1
 
@@ -159,7 +161,7 @@ async def test_a_consumer_that_never_comes_is_told_and_another_name_is_tried(tol
     acting = Acting()
     scaling = scaler(acting, patience_s=100)
     for at_s in range(0, 300, 5):
-        await scaling.look(hot(at_s), at_s)
+        await scaling.look(fleet(at_s), at_s)
     assert acting.done[:2] == [("start", "1-auto1"), ("start", "1-auto2")]
     assert any("nothing has come of it in 100 s" in str(fields.get("error")) for _, fields in told)
 
@@ -168,7 +170,7 @@ async def test_after_a_restart_it_goes_on_from_what_the_survey_shows() -> None:
     acting = Acting()
     scaling = scaler(acting)
     for at_s in range(0, 30, 5):
-        await scaling.look(hot(at_s, busy(1, at_s, 1.0, "1-auto1")), at_s)
+        await scaling.look(fleet(at_s, second=["", "1-auto1"]), at_s)
     assert acting.done == [("start", "1-auto2")]
 
 
@@ -176,8 +178,7 @@ async def test_a_spare_consumer_is_stopped_and_its_own_first(told: list[Any]) ->
     acting = Acting()
     scaling = scaler(acting, limits=["1=1:1"])
     for at_s in range(0, 30, 5):
-        spares = (busy(0, at_s, 0.05, "0-a"), busy(0, at_s, 0.05, "0-auto1"))
-        await scaling.look(hot(at_s, *spares), at_s)
+        await scaling.look(fleet(at_s, first=["", "0-auto1", "0-a"]), at_s)
     assert acting.done == [("stop", "0-auto1")]
     assert decided(told, acts=True)[0]["why"] == "spare"
 
@@ -186,7 +187,7 @@ async def test_the_last_consumer_of_a_stage_is_never_stopped_even_where_none_is_
     acting = Acting()
     scaling = scaler(acting, min_consumers=0, max_consumers=1)
     for at_s in range(0, 100, 5):
-        await scaling.look(hot(at_s), at_s)
+        await scaling.look(fleet(at_s), at_s)
     assert acting.done == []
 
 
@@ -194,9 +195,7 @@ async def test_what_nobody_can_stop_by_name_is_told(told: list[Any]) -> None:
     acting = Acting()
     scaling = scaler(acting, limits=["1=1:1"])
     for at_s in range(0, 30, 5):
-        other = busy(0, at_s, 0.05)
-        spare = Report(**{**{name: getattr(other, name) for name in other.__slots__}, "id": "another"})
-        await scaling.look(hot(at_s, spare), at_s)
+        await scaling.look(fleet(at_s, first=["", "", ""]), at_s)
     assert acting.done == []
     assert "no consumer there says the name" in next(fields for event, fields in told if "failed" in event)["error"]
 

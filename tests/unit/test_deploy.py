@@ -233,10 +233,7 @@ def test_the_autoscaler_s_rule_is_for_instances_of_the_worker_unit_alone(unit: s
     (pattern,) = re.findall(r"/(\^.*\$)/\.test", rule)
     assert bool(re.search(pattern, unit)) is allowed
     assert f'"{read_unit(AUTOSCALER)["User"][0]}"' in rule
-    assert all(
-        command.split()[:2] == ["systemctl", verb] for command, verb in ((SYSTEMD_UP, "start"), (SYSTEMD_DOWN, "stop"))
-    )
-    assert all(f'"{verb}"' in rule for verb in ("start", "stop"))
+    assert all(f'"{command.split()[1]}"' in rule for command in (SYSTEMD_UP, SYSTEMD_DOWN))
 
 
 def test_every_variable_of_the_example_is_a_setting() -> None:

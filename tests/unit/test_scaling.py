@@ -139,9 +139,13 @@ def test_a_stage_s_rates_count_consumers_that_were_seen_once_as_the_others() -> 
 # The line through a consumer's forwards
 
 
-@given(st.floats(0, 1), st.floats(1e-4, 0.1), st.lists(st.integers(1, 500), min_size=40, max_size=60, unique=True))
-def test_forwards_of_many_sizes_show_what_a_position_costs(fixed_s: float, token_s: float, sizes: list[int]) -> None:
+@given(st.floats(0, 1), st.floats(1e-4, 0.1), st.integers(1, 20), st.integers(1, 10))
+def test_forwards_of_many_sizes_show_what_a_position_costs(
+    fixed_s: float, token_s: float, least: int, apart: int
+) -> None:
+    sizes = range(least, least + 50 * apart, apart)
     seconds = [fixed_s + token_s * size for size in sizes]
+    mean = sum(sizes) / len(sizes)
     speed = fit(
         forwards=len(sizes),
         tokens=sum(sizes),
@@ -150,8 +154,7 @@ def test_forwards_of_many_sizes_show_what_a_position_costs(fixed_s: float, token
         token_busy_s=sum(size * took_s for size, took_s in zip(sizes, seconds, strict=True)),
     )
     assert speed is not None
-    mean = sum(sizes) / len(sizes)
-    assert speed.token_s == pytest.approx(token_s, rel=0.1, abs=0.05 * speed.seconds(mean) / mean)
+    assert speed.token_s == pytest.approx(token_s, abs=0.1 * speed.seconds(mean) / mean)
     assert speed.seconds(mean) == pytest.approx(sum(seconds) / len(sizes))
 
 
@@ -238,11 +241,11 @@ advices = st.builds(
 )
 
 
-@given(st.lists(st.tuples(advices, st.floats(0, 30)), max_size=80), st.integers(1, 4), st.floats(0, 100))
+@given(st.lists(st.tuples(advices, st.integers(0, 30)), max_size=80), st.integers(1, 4), st.integers(0, 100))
 def test_a_stage_changes_once_in_a_cool_down_at_most(
-    said: list[tuple[Advice, float]], confirm: int, cooldown_s: float
+    said: list[tuple[Advice, int]], confirm: int, cooldown_s: int
 ) -> None:
-    hysteresis, now_s, changed = Hysteresis(confirm=confirm, cooldown_s=cooldown_s), 0.0, {}
+    hysteresis, now_s, changed = Hysteresis(confirm=confirm, cooldown_s=cooldown_s), 0, {}
     for index, (advice, later_s) in enumerate(said):
         now_s += later_s
         if hysteresis.lasting(advice, now_s):
