@@ -64,6 +64,8 @@ def as_object(advice: Advice, window: Window) -> dict[str, Any]:
         "gain": advice.gain,
         "rows_per_s": advice.rows_per_s,
         "consumers": [stage.consumers for stage in window.stages],
+        "ready": [stage.ready for stage in window.stages],
+        "unacknowledged": [stage.unacknowledged for stage in window.stages],
         "busy": list(advice.busy),
         "gains": {str(stage): gain for stage, gain in advice.gains.items()},
         "requests": window.requests,

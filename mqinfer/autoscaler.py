@@ -59,7 +59,10 @@ class Autoscaler:
         self._lost: set[str] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Look and act until `stop` is set; what it started goes on. Raises: Refused at the first link."""
+        """Look and act until `stop` is set; a command under way is waited for, what was started goes on.
+
+        Raises: Refused at the first link.
+        """
 
         async def session(transport: Transport) -> None:
             self._surveys.clear()
@@ -98,6 +101,8 @@ class Autoscaler:
             dry_run=self._actuator is None,
             rows_per_s=round(advice.rows_per_s, 2),
             consumers=[stage.consumers for stage in window.stages],
+            ready=[round(stage.ready, 1) for stage in window.stages],
+            unacknowledged=[round(stage.unacknowledged, 1) for stage in window.stages],
             busy=[round(busy, 3) for busy in advice.busy],
             gains={stage: round(gain, 4) for stage, gain in advice.gains.items()},
             requests=window.requests,

@@ -101,7 +101,7 @@ def _words(value: Any) -> Any:
     return [word for word in re.split(r"[\s,]+", value) if word] if isinstance(value, str) else value
 
 
-Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0, allow_inf_nan=False)]
 
 
 def _check_hours(value: str) -> str:

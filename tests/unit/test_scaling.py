@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mqinfer.forecast import Load, Speed, fit, tokens_per_s
 from mqinfer.scaling import Advice, Change, Hysteresis, Limits, StageSeen, Why, Window, Worked, advise
 
 WINDOW_S = 10.0
+#: A busy machine is no failure.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEWER = settings(PATIENT, max_examples=30)
 
 
 def worked(forward_s: float, *, busy: float = 1.0, rows: float = 16.0, fixed: float = 0.5) -> Worked:
@@ -139,6 +142,7 @@ def test_a_stage_s_rates_count_consumers_that_were_seen_once_as_the_others() -> 
 # The line through a consumer's forwards
 
 
+@PATIENT
 @given(st.floats(0, 1), st.floats(1e-4, 0.1), st.integers(1, 20), st.integers(1, 10))
 def test_forwards_of_many_sizes_show_what_a_position_costs(
     fixed_s: float, token_s: float, least: int, apart: int
@@ -172,7 +176,7 @@ def test_one_microbatch_in_one_consumer_s_hands_takes_its_forward_and_the_way() 
     assert rate == pytest.approx(32 / 0.2, rel=0.1)
 
 
-@settings(max_examples=30, deadline=None)
+@FEWER
 @given(st.lists(st.floats(0.01, 0.2), min_size=1, max_size=4), st.integers(1, 8))
 def test_no_forecast_passes_the_slowest_stage_s_bound(seconds: list[float], microbatches: int) -> None:
     rate = tokens_per_s([[Speed(0.0, each)] for each in seconds], Load(microbatches, 1.0))
@@ -196,7 +200,7 @@ windows = st.builds(
 bounds = st.builds(lambda least, more: Limits(least, least + more), st.integers(0, 3), st.integers(0, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@FEWER
 @given(windows, st.lists(bounds, min_size=3, max_size=3))
 def test_no_advice_passes_the_limits_or_takes_a_stage_s_last_consumer(seen_window: Window, of: list[Limits]) -> None:
     advice = advise(seen_window, dict(enumerate(of)))
@@ -241,6 +245,7 @@ advices = st.builds(
 )
 
 
+@PATIENT
 @given(st.lists(st.tuples(advices, st.integers(0, 30)), max_size=80), st.integers(1, 4), st.integers(0, 100))
 def test_a_stage_changes_once_in_a_cool_down_at_most(
     said: list[tuple[Advice, int]], confirm: int, cooldown_s: int

@@ -9,7 +9,17 @@ import pytest
 
 from mqinfer import tensor_codec
 from mqinfer.errors import SettingsError
-from mqinfer.settings import BatchSettings, CoordinatorSettings, Settings, WorkerSettings, load, parse_bytes
+from mqinfer.settings import (
+    AutoscalerSettings,
+    BatchSettings,
+    CoordinatorSettings,
+    Settings,
+    WorkerSettings,
+    load,
+    parse_bytes,
+    parse_limits,
+    parse_seconds,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -217,3 +227,38 @@ def test_a_file_for_the_broker_that_is_not_there_is_refused_by_name(tmp_path: Pa
 
 def test_settings_that_are_printed_do_not_show_the_broker(secret: Path) -> None:
     assert "pass-word" not in repr(load(Settings, broker=f"@{secret}")) + str(load(Settings, broker=SECRET))
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("10s", 10), ("0.5", 0.5), (" 2 M ", 120), ("1h", 3600), ("7", 7)])
+def test_times_are_read_with_their_units(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "10x", "-1s", "1m30s", "nan"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write a time such as 10s"):
+        parse_seconds(text)
+
+
+@pytest.mark.parametrize("value", ["0", "9" * 400, float("inf")])
+def test_a_time_that_nobody_could_wait_is_refused(value: object) -> None:
+    with pytest.raises(SettingsError, match="setting window_s"):
+        load(AutoscalerSettings, window_s=value)
+
+
+def test_limits_are_read_by_stage() -> None:
+    assert parse_limits("2=1:8, 3=0:2") == {2: (1, 8), 3: (0, 2)}
+    assert parse_limits(["2=1:8"]) == {2: (1, 8)}
+    assert parse_limits({2: (1, 8)}) == {2: (1, 8)}
+
+
+@pytest.mark.parametrize("text", ["2", "2=1", "2=a:b", "=1:2", "2=1:2;3=1:2"])
+def test_what_are_no_limits_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="STAGE=LEAST:MOST"):
+        parse_limits(text)
+
+
+def test_limits_in_a_file_may_be_a_table(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text("limits = {2 = [1, 8]}\nhosts = ['a', 'b']\n")
+    settings = load(AutoscalerSettings, file=tmp_path / "s.toml")
+    assert (settings.limits, settings.hosts) == ({2: (1, 8)}, ("a", "b"))
