@@ -22,8 +22,9 @@ from roster import HEARTBEAT_S, Job, Roster, fault_free
 from watch import Watch
 from workload import SHORT, repeated
 
-#: Before it processes load code, fill caches and make their pools.
-WARM_UP_S = 60.0
+#: Before it processes load code, make their pools, and fill their keys and values: rows whose coordinator was killed
+#: stay for `idle_s` (5 minutes), so only then a worker has had what it may have. Of a short soak it is a third.
+WARM_UP_S = 360.0
 #: Of the log of what went wrong.
 LOG_CHARS = 3000
 #: Exit code of a command that can't open its first link.
@@ -35,14 +36,17 @@ PAUSE_S = (2.0, 8.0)
 class Soak:
     """One soak: a fleet, its jobs, and what is done to both."""
 
-    def __init__(self, roster: Roster, folder: Path, answers: dict[str, str], draw: random.Random) -> None:
+    def __init__(
+        self, roster: Roster, folder: Path, answers: dict[str, str], draw: random.Random, seconds: float
+    ) -> None:
+        self.seconds = seconds
         self.roster = roster
         self.folder = folder
         self.answers = answers
         self.draw = draw
         self.report = Report(test="soak", fault="soak")
         self.faults: Counter[str] = Counter()
-        self.watch = Watch(WARM_UP_S)
+        self.watch = Watch(min(WARM_UP_S, seconds / 3))
         self.asked = repeated(SHORT, 2)
         self.job = self._job()
         self.failed: list[str] = []
@@ -50,10 +54,10 @@ class Soak:
     def _job(self) -> Job:
         return self.roster.job(self.asked, self.folder, proxied=True)
 
-    def run(self, seconds: float) -> None:
+    def run(self) -> None:
         """Until the time is over; the last job is then finished without faults."""
         began_s = time.monotonic()
-        while time.monotonic() - began_s < seconds:
+        while time.monotonic() - began_s < self.seconds:
             time.sleep(self.draw.uniform(*PAUSE_S))  # the soak's rhythm
             fault = self.draw.choice(FAULTS)
             say(f"{time.monotonic() - began_s:6.0f} s  {fault.__name__.replace('_', ' ')}")
@@ -203,17 +207,16 @@ def run(seconds: float, seed: int) -> tuple[Report, list[str], list[str]]:
             roster = Roster(Path(folder), demo_model(), broker, {"MQINFER_LOG_LEVEL": "info"})
             roster.whole()
             answers = fault_free(roster, SHORT, Path(folder))
-            soak = Soak(roster, Path(folder), answers, random.Random(seed))
-            return _soak(soak, seconds)
+            return _soak(Soak(roster, Path(folder), answers, random.Random(seed), seconds))
         finally:
             if roster is not None:
                 roster.end()
             broker.close()
 
 
-def _soak(soak: Soak, seconds: float) -> tuple[Report, list[str], list[str]]:
+def _soak(soak: Soak) -> tuple[Report, list[str], list[str]]:
     try:
-        soak.run(seconds)
+        soak.run()
     except KeyboardInterrupt:
         say("stopping: the running job is finished without faults (Ctrl-C again leaves it)")
         try:
