@@ -108,6 +108,7 @@ class Commands:
             if running.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(running.pid, signal.SIGKILL)
+                await running.wait()
 
 
 class Systemd(Commands):

@@ -55,7 +55,7 @@ def autoscale(
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
 ) -> None:
-    """Start and stop workers of single stages, as the load asks for it.
+    """Start and stop workers of stages, as the load asks for it.
 
     It follows `mqinfer advise`, once three looks in a row agree, and leaves a stage alone for a cool-down after each
     change. The workers that it starts are called STAGE-auto1, STAGE-auto2 and so on; those it stops first, and never a

@@ -60,7 +60,7 @@ def test_a_fleet_s_metrics_add_up_to_the_job_it_did(
         assert value(seen, "mqinfer_queue_wait_seconds_count") >= value(seen, "mqinfer_compute_seconds_count") > 0
         assert value(seen, "mqinfer_batch_rows_sum") >= 20 * 6
         assert value(seen, "mqinfer_kv_budget_bytes") == 64 * 2**20
-        assert value(seen, "mqinfer_actor_info", role="worker", device="cpu", codec="lossless") == 1
+        assert value(seen, "mqinfer_actor_info", role="worker", device="cpu", codec="auto") == 1
         assert value(seen, "mqinfer_dead_letters_total") == 0
     tokens = value(first, "mqinfer_computed_tokens_total")
     assert tokens >= value(coordinator, "mqinfer_prompt_tokens_total") + 20 * 5

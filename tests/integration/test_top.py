@@ -52,7 +52,7 @@ def test_top_draws_on_the_terminal_and_a_key_leaves_it_as_it_was(
     assert b"Traceback" not in seen
     assert seen.count(ENTER) == seen.count(LEAVE) == 1
     assert b"stage 1 [2, 4)" in seen[seen.index(ENTER) : seen.index(LEAVE)]
-    settings = re.findall(rb"^[0-9a-f]+(?::[0-9a-f]+){9,}", seen, re.MULTILINE)
+    settings = re.findall(rb"[0-9a-f]+(?::[0-9a-f]+){9,}", seen)
     assert len(settings) == 2
     assert settings[0] == settings[1]
 
