@@ -50,8 +50,10 @@ def test_a_fleet_s_metrics_add_up_to_the_job_it_did(
     worker = ("--kv-bytes", "64MiB", "--threads", 1, "--metrics-port")
     for stage in (0, 1):
         start("worker", "--stage", stage, *where, *worker, ports[stage])
-    start("coordinator", *where, "--metrics-port", ports[2])
+    coordinating = start("coordinator", *where, "--metrics-port", ports[2])
     assert start("batch", prompts, "-o", out, *where).end().code == 0
+    # It looks at the queues once a second.
+    coordinating.until(lambda: value(scrape(ports[2]), "mqinfer_stage_consumers", stage="1") == 1)
     first, last, coordinator = map(scrape, ports)
     for stage, seen in ((0, first), (1, last)):
         labels = {"pipeline": name, "stage": str(stage)}
