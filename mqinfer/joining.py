@@ -29,8 +29,6 @@ from mqinfer.transports.base import Transport
 TURN_S = 1.0
 #: Nobody needs longer to choose, or to move on: what is refused so long is refused for another reason.
 TURNS_S = 120.0
-#: Roles of who serves a stage, or will soon.
-SERVING = ("worker", "joining")
 #: How often a worker looks whether another stage needs it more, and how many times in a row it must.
 LOOK_S, LOOKS = 20.0, 3
 
@@ -55,17 +53,19 @@ async def end_turn(transport: Transport, plan: Plan) -> None:
 
 @asynccontextmanager
 async def joining(
-    transport: Transport, plan: Plan, costs: Sequence[float], possible: Collection[int]
+    transport: Transport, plan: Plan, costs: Sequence[float], possible: Collection[int], *, instance: str = ""
 ) -> AsyncIterator[int]:
     """The stage to serve, of those `possible`, at least one; within, others see us coming.
 
     `costs`: of each stage, in any unit.
     """
     await take_turn(transport, plan)
-    stages = served(await survey.take(transport, plan), costs)
+    while (seen := await survey.take(transport, plan)).blocked:  # noqa: ASYNC110 - nobody tells of an alarm's end
+        await asyncio.sleep(TURN_S)
+    stages = served(seen, costs)
     stage = best_stage(stages, possible)
     emit(STAGE_CHOSEN, stage=stage, workers=[each.workers for each in stages])
-    presence = Presence(plan, stage, "joining", {})
+    presence = Presence(plan, stage, "joining", lambda: {"instance": instance})
     await presence.open(transport)
     await end_turn(transport, plan)
     serving = asyncio.ensure_future(presence.serve(transport))
@@ -104,12 +104,19 @@ def served(seen: Survey, costs: Sequence[float]) -> list[Served]:
     """Who serves each stage, and how fast they were."""
     return [
         Served(
-            workers=sum(report.stage == stage and report.role in SERVING for report in seen.reports.values()),
+            workers=_serving(seen, stage),
             cost=cost,
             rows_per_s=_speed(seen.workers(stage)),
         )
         for stage, cost in enumerate(costs)
     ]
+
+
+def _serving(seen: Survey, stage: int) -> int:
+    """Who is in a long forward does not answer, but the broker knows it."""
+    state = seen.stages[stage]
+    coming = sum(report.role == "joining" and report.stage == stage for report in seen.reports.values())
+    return max(len(seen.workers(stage)), state.consumers if state else 0) + coming
 
 
 def _speed(workers: Sequence[Report]) -> float | None:

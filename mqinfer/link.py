@@ -54,10 +54,10 @@ async def keep_linked(
         finally:
             await transport.close()
         short = 0 if now_s() - began_s > BACKOFF_MOST_S else short + 1
-        transport = await _unless(stop, _reopen(connect, short))
+        transport = await _unless(stop, reopen(connect, short))
 
 
-async def _reopen(connect: Connect, short: int) -> Transport:
+async def reopen(connect: Connect, short: int = 0) -> Transport:
     """A new link; at once, unless so many sessions in a row, more than one, were short."""
     retrying = AsyncRetrying(wait=backoff(), stop=stop_never, retry=retry_if_exception_type(TransportError))
     if short > 1:

@@ -267,7 +267,7 @@ class Pause:
 class Report:
     """What an actor says of itself; counters grow from its start."""
 
-    #: "worker", "coordinator" or, of a worker that has left its device, "paused".
+    #: "worker", "coordinator"; of a worker that has left its device "paused", of one that loads its stage "joining".
     role: str
     id: str
     host: str

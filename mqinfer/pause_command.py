@@ -19,15 +19,17 @@ from mqinfer.wire import encode
 
 #: How long it is waited until those who were told have left their devices: 5 s, and a start of Python.
 PAUSED_S = 30.0
+#: How long answers are waited for: a worker reads between two forwards.
+LISTEN_S = 3.0
 
 
 async def pause(settings: Settings, target: str, *, paused: bool) -> int:
     """Have workers leave their devices, or return to them. The exit code. Raises: SettingsError where none matches."""
     plan = read_plan(settings)
     async with linked(settings, "pause") as transport:
-        seen = await survey.take(transport, plan)
+        seen = await survey.take(transport, plan, wait_s=LISTEN_S)
         meant = [report for report in seen.reports.values() if _is_meant(report, target)]
-        told = [report for report in meant if report.role == ("worker" if paused else "paused")]
+        told = [report for report in meant if report.role == "paused" or (paused and report.role == "worker")]
         if not meant:
             raise SettingsError(f"no worker is {target!r}: {_workers_there(seen)}")
         for report in told:
@@ -39,9 +41,14 @@ async def pause(settings: Settings, target: str, *, paused: bool) -> int:
     for report in told:
         done = "does not answer yet" if report in missing else "paused" if paused else "loads its layers again"
         console.out.print(f"{report.id} (stage {report.stage} on {report.host}): {done}", markup=False, soft_wrap=True)
-    if not told:
-        console.say(f"all of {target!r} are {'paused' if paused else 'at work'} already")
-    return SOME_ERRORS if missing else ALL_ANSWERED
+    loading = [report for report in meant if report.role == "joining"] if paused else []
+    for report in loading:
+        console.say(
+            f"{report.id} (stage {report.stage} on {report.host}): loads its layers; ask it again when it serves"
+        )
+    if not told and not loading:
+        console.say(f"all of {target!r} are at work already")
+    return SOME_ERRORS if missing or loading else ALL_ANSWERED
 
 
 def _is_meant(report: Report, target: str) -> bool:

@@ -42,8 +42,8 @@ class Leave:
         self.reason = ""
 
     def pause(self, reason: str) -> None:
-        """Leave the device, to come back later or elsewhere."""
-        if not self.asked.is_set():
+        """Leave the device, to come back later or elsewhere. By hand goes before other reasons, the end before all."""
+        if not self.asked.is_set() or (reason == BY_HAND and self.reason):
             self.reason = reason
             self.asked.set()
 
@@ -52,16 +52,17 @@ class Leave:
         return usual_s if self.reason in ("", TO_MOVE) else min(usual_s, DRAIN_S)
 
     @asynccontextmanager
-    async def watching(self, stop: asyncio.Event, settings: WorkerSettings) -> AsyncIterator[None]:
+    async def watching(self, stop: asyncio.Event, settings: WorkerSettings, *, called: bool) -> AsyncIterator[None]:
         """Within, it is asked to leave: when `stop` is set, its hours are over, or somebody else uses its GPU.
 
+        `called`: back by hand, so that outside of its hours it stays until they end the next time.
         Raises: SettingsError where nobody could tell the last.
         """
         watches = [asyncio.ensure_future(self._end_with(stop))]
         if settings.yield_gpu:
             watches.append(asyncio.ensure_future(self._make_way(guests_on(settings.device))))
         if settings.hours:
-            watches.append(asyncio.ensure_future(self._keep(Hours.parse(settings.hours))))
+            watches.append(asyncio.ensure_future(self._keep(Hours.parse(settings.hours), called)))
         try:
             yield
         finally:
@@ -70,10 +71,12 @@ class Leave:
 
     async def _end_with(self, stop: asyncio.Event) -> None:
         await stop.wait()
+        self.reason = ""
         self.asked.set()
 
-    async def _keep(self, hours: Hours) -> None:
-        await until(lambda: is_time(hours))  # called back by hand outside of them, it stays until their next end
+    async def _keep(self, hours: Hours, called: bool) -> None:
+        if called:
+            await until(lambda: is_time(hours))
         await until(lambda: not is_time(hours))
         self.pause(BY_HOURS)
 
@@ -103,6 +106,8 @@ class PausedWorker:
         self._settings = settings
         self._connect = connect
         self._returns = asyncio.Event()
+        #: Whether somebody called it back.
+        self.called = False
 
     async def run(self, stop: asyncio.Event) -> bool:
         """Until it is to return to its device (True) or `stop` is set (False). Raises: Refused at the first link."""
@@ -118,7 +123,8 @@ class PausedWorker:
                     task.cancel()
 
         emit(WORKER_PAUSED, stage=self._stage, reason=self._reason)
-        watches = [asyncio.ensure_future(either()), asyncio.ensure_future(self._wait_for_cause())]
+        guests = guests_on(self._settings.device) if self._settings.yield_gpu else lambda: False
+        watches = [asyncio.ensure_future(either()), asyncio.ensure_future(self._wait_for_cause(guests))]
         try:
             await keep_linked("paused worker", self._connect, lambda link: self._session(link, over), over)
         finally:
@@ -129,31 +135,22 @@ class PausedWorker:
             return True
         return False
 
-    async def _wait_for_cause(self) -> None:
-        """Until what sent it away is over; whoever did it by hand calls it back by hand."""
-        if self._reason == BY_HOURS:
-            hours = Hours.parse(self._settings.hours)
-            await until(lambda: is_time(hours))
-        elif self._reason == BY_GUEST:
-            await self._until_alone(guests_on(self._settings.device))
-        else:
-            return
-        self._returns.set()
+    async def _wait_for_cause(self, guests: Callable[[], bool]) -> None:
+        """Until its hours have begun and nobody else is there; whom somebody sent away by hand is called by hand."""
+        hours, last_s = Hours.parse(self._settings.hours), now_s()
+        alone_s = ALONE_S if self._reason == BY_GUEST else 0.0
 
-    async def _until_alone(self, guests: Callable[[], bool]) -> None:
-        last_s = now_s()
-
-        def alone() -> bool:
+        def may_return() -> bool:
             nonlocal last_s
             if guests():
                 last_s = now_s()
-            return now_s() - last_s >= ALONE_S
+            return self._reason != BY_HAND and is_time(hours) and now_s() - last_s >= alone_s
 
-        await until(alone)
+        await until(may_return)
+        self._returns.set()
 
     async def _session(self, transport: Transport, over: asyncio.Event) -> None:
-        facts = {"device": self._settings.device, "reason": self._reason}
-        presence = Presence(self._plan, self._stage, "paused", facts, self._be_told)
+        presence = Presence(self._plan, self._stage, "paused", self._facts, self._be_told)
         async with asyncio.TaskGroup() as tasks:
             await presence.open(transport)
             loops = [tasks.create_task(transport.closed()), tasks.create_task(presence.serve(transport))]
@@ -161,6 +158,12 @@ class PausedWorker:
             for loop in loops:
                 loop.cancel()
 
+    def _facts(self) -> dict[str, str]:
+        return {"device": self._settings.device, "instance": self._settings.instance, "reason": self._reason}
+
     def _be_told(self, message: Pause) -> None:
-        if not message.paused:
+        if message.paused:
+            self._reason = BY_HAND
+        else:
+            self.called = True
             self._returns.set()

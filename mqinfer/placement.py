@@ -46,7 +46,10 @@ def better_stage(stages: Sequence[Served], mine: int, possible: Collection[int])
     moved = [
         replace(stage, workers=stage.workers + 1) if index == best else stage for index, stage in enumerate(without)
     ]
-    return best if min(_rates(moved)) >= MARGIN * min(_rates(stages)) and min(_rates(moved)) > 0 else None
+    before, after = _rates(stages), _rates(moved)
+    if min(before) == 0:
+        return best if after.count(0) < before.count(0) else None
+    return best if min(after) >= MARGIN * min(before) else None
 
 
 def _rates(stages: Sequence[Served]) -> list[float]:

@@ -26,13 +26,18 @@ class Presence:
     """Answers `ask` as a worker does, with a role that is not "worker"."""
 
     def __init__(
-        self, plan: Plan, stage: int, role: str, facts: Mapping[str, str], told: Callable[[Pause], None] | None = None
+        self,
+        plan: Plan,
+        stage: int,
+        role: str,
+        facts: Callable[[], Mapping[str, str]],
+        told: Callable[[Pause], None] | None = None,
     ) -> None:
-        """`told` is called with every `pause`."""
+        """`facts` are asked for with every report; `told` is called with every `pause`."""
         self._plan = plan
         self._stage = stage
         self._role = role
-        self._facts = {"process": str(os.getpid()), **facts}
+        self._facts = facts
         self._told = told
         self._topology = Topology(plan.name)
         self._id = new_id(f"s{max(stage, 0)}")  # a queue's name leads to the exchange of some stage
@@ -64,4 +69,5 @@ class Presence:
         await delivery.ack()
 
     def _report(self) -> Report:
-        return make_report(self._role, self._id, self._plan, {}, self._facts, stage=self._stage)
+        facts = {"process": str(os.getpid()), **self._facts()}
+        return make_report(self._role, self._id, self._plan, {}, facts, stage=self._stage)

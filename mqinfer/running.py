@@ -74,7 +74,7 @@ def begin_anew(**environment: str) -> NoReturn:
     sys.stderr.flush()
     os.environ.update(environment)
     os.closerange(3, MOST_FILES)
-    os.execv(sys.executable, [sys.executable, "-m", "mqinfer", *sys.argv[1:]])  # noqa: S606
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def _leave(code: int) -> NoReturn:

@@ -75,8 +75,8 @@ class StageWorker:
         if self._thread is not None:
             await asyncio.get_running_loop().run_in_executor(self._thread, int)
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Work until `stop` is set or it is to pause, then drain. Raises: Refused at the first link."""
+    async def run(self, stop: asyncio.Event, *, called: bool = False) -> None:
+        """Work until `stop` is set or it is to pause, then drain. `called`: see Leave. Raises: Refused at first."""
         with ThreadPoolExecutor(1, thread_name_prefix=f"stage-{self.stage}") as thread:
             self._thread = thread
             await asyncio.get_running_loop().run_in_executor(thread, self._compute.prepare_thread)
@@ -91,7 +91,7 @@ class StageWorker:
                 finally:
                     self.values = dict
 
-            async with self._leave.watching(stop, self._settings):
+            async with self._leave.watching(stop, self._settings, called=called):
                 await keep_linked(f"worker of stage {self.stage}", self._connect, session, self._leave.asked)
 
 

@@ -7,16 +7,17 @@ paused has none.
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mqinfer import checkpoint, systemd
 from mqinfer.commands import check_room, connecting, linked, measured, read_plan
 from mqinfer.errors import SettingsError
+from mqinfer.gpu_guests import guests_on
 from mqinfer.hours import Hours
 from mqinfer.joining import joining, until_better
-from mqinfer.paused import BY_HOURS, TO_MOVE, PausedWorker, is_time
+from mqinfer.link import Connect, reopen
+from mqinfer.paused import BY_GUEST, BY_HOURS, TO_MOVE, PausedWorker, is_time
 from mqinfer.plan import Plan
 from mqinfer.presence import NO_STAGE
 from mqinfer.reports import actor_facts
@@ -32,9 +33,14 @@ async def worker(settings: WorkerSettings, stage: int | None, model: str | None,
     plan = read_plan(settings)
     if stage is not None and not 0 <= stage < len(plan.stages):
         raise SettingsError(f"the plan has stages 0 to {len(plan.stages) - 1}, not {stage}")
-    reason = settings.paused or ("" if is_time(Hours.parse(settings.hours)) else BY_HOURS)
-    if reason and not await _paused(plan, stage, reason, settings, stop):
-        return 0
+    called = False
+    if reason := _reason(settings):
+        number = NO_STAGE if stage is None else stage
+        waiting = PausedWorker(plan, number, reason, settings, _connecting(settings, "paused worker"))
+        async with systemd.kept_informed(_alive, stop):
+            if not await waiting.run(stop):
+                return 0
+        called = waiting.called
     try:
         import mqinfer.stage_worker  # noqa: F401
     except ImportError as error:
@@ -42,25 +48,43 @@ async def worker(settings: WorkerSettings, stage: int | None, model: str | None,
     await unless_stopped(stop, _reach(settings))
     folder = await unless_stopped(stop, asyncio.to_thread(_folder, plan, model))
     if stage is None:
-        await _help(plan, folder, settings, stop)
+        await _help(plan, folder, settings, stop, called=called)
     else:
-        _leave(await _run(plan, await _loaded(plan, stage, folder, settings, stop), settings, stop))
+        async with systemd.kept_informed(_alive, stop):  # its watchdog runs since it was paused
+            serving = await _loaded(plan, stage, folder, settings, stop)
+        _leave(await _run(plan, serving, settings, stop, called=called), stop)
     return 0
 
 
-async def _paused(plan: Plan, stage: int | None, reason: str, settings: WorkerSettings, stop: asyncio.Event) -> bool:
-    """Wait; whether it may return to its device, or is stopped."""
-    number = NO_STAGE if stage is None else stage
-    waiting = PausedWorker(plan, number, reason, settings, connecting(settings, "paused worker"))
-    async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
-        return await waiting.run(stop)
+def _reason(settings: WorkerSettings) -> str:
+    """Why it is not to load now; "": it is."""
+    if settings.paused:
+        return settings.paused
+    if not is_time(Hours.parse(settings.hours)):
+        return BY_HOURS
+    return BY_GUEST if settings.yield_gpu and guests_on(settings.device)() else ""
 
 
-async def _help(plan: Plan, folder: Path, settings: WorkerSettings, stop: asyncio.Event) -> None:
+def _connecting(settings: WorkerSettings, actor: str) -> Connect:
+    """As others connect; but who left its device must not vanish because the broker is away just then."""
+    connect = connecting(settings, actor)
+    return (lambda: reopen(connect)) if settings.paused else connect
+
+
+async def _alive() -> None:
+    """The event loop turns: all that can be said of a worker that loads or waits."""
+    await asyncio.sleep(0)
+
+
+async def _help(plan: Plan, folder: Path, settings: WorkerSettings, stop: asyncio.Event, *, called: bool) -> None:
     """Serve the stage that is the slowest, and move if it is to and another one stays slower."""
     costs = [cost.share for cost in checkpoint.stage_table(plan, checkpoint.facts(str(folder)))]
     possible = await asyncio.to_thread(_possible, plan, folder, settings)
-    async with linked(settings, "joining") as link, joining(link, plan, costs, possible) as stage:
+    async with (
+        systemd.kept_informed(_alive, stop),
+        linked(settings, "joining") as link,
+        joining(link, plan, costs, possible, instance=settings.instance) as stage,
+    ):
         serving = await _loaded(plan, stage, folder, settings, stop)
 
     async def move() -> None:
@@ -73,25 +97,24 @@ async def _help(plan: Plan, folder: Path, settings: WorkerSettings, stop: asynci
 
     async with asyncio.TaskGroup() as tasks:
         watching = [tasks.create_task(move())] if settings.rebalance else []
-        _leave(
-            await _run(plan, serving, settings, stop)
-        )  # while `move` holds its turn: nobody chooses before it has moved
+        # Others that would choose or move wait until this one has drained, for `move` has its turn.
+        _leave(await _run(plan, serving, settings, stop, called=called), stop)
         for task in watching:
             task.cancel()
 
 
-def _leave(reason: str) -> None:
-    """Begin anew where the device was left for a reason."""
-    if reason:
+def _leave(reason: str, stop: asyncio.Event) -> None:
+    """Begin anew where the device was left for a reason, and nobody wants it to end."""
+    if reason and not stop.is_set():
         begin_anew(MQINFER_PAUSED="" if reason == TO_MOVE else reason)
 
 
-async def _run(plan: Plan, serving: StageWorker, settings: WorkerSettings, stop: asyncio.Event) -> str:
+async def _run(plan: Plan, serving: StageWorker, settings: WorkerSettings, stop: asyncio.Event, *, called: bool) -> str:
     """Until it is stopped (""), or why it has left its device."""
     with measured(settings, plan, serving.stage) as attach:
         attach(lambda: serving.values(), actor_facts(plan, serving.facts))
         async with systemd.kept_informed(serving.pulse, stop):
-            await serving.run(stop)
+            await serving.run(stop, called=called)
     return serving.left
 
 

@@ -124,7 +124,7 @@ async def test_called_by_hand_outside_of_its_hours_it_works_and_sent_by_hand_hou
     transport_url: str, plan: Plan, link: Transport
 ) -> None:
     stop = asyncio.Event()
-    works = asyncio.create_task(working(plan, transport_url, NEVER).run(stop))
+    works = asyncio.create_task(working(plan, transport_url, NEVER).run(stop, called=True))
     report = await only(link, plan, "worker")
     assert (await only(link, plan, "worker")).id == report.id
     stop.set()
@@ -152,8 +152,32 @@ async def test_it_makes_way_for_who_else_uses_the_device_and_returns_when_alone_
     guests.append("somebody")
     await asyncio.wait_for(works, PATIENCE_S)
     assert worker.left == BY_GUEST
-    waits = asyncio.create_task(pausing(plan, transport_url, BY_GUEST).run(stop))
+    again = PausedWorker(plan, 0, BY_GUEST, settings, lambda: open_transport(transport_url))
+    waits = asyncio.create_task(again.run(stop))
     await only(link, plan, "paused")
     assert not waits.done()
     guests.clear()
     assert await asyncio.wait_for(waits, PATIENCE_S)
+
+
+@pytest.mark.usefixtures("noon")
+async def test_hours_that_ended_while_it_loaded_send_it_away(transport_url: str, plan: Plan, link: Transport) -> None:
+    worker = working(plan, transport_url, NEVER)
+    await asyncio.wait_for(worker.run(asyncio.Event()), PATIENCE_S)
+    assert worker.left == BY_HOURS
+
+
+async def test_the_end_goes_before_a_reason_to_pause_and_by_hand_before_all_others(
+    transport_url: str, plan: Plan, link: Transport
+) -> None:
+    leave, stop = paused.Leave(), asyncio.Event()
+    async with leave.watching(stop, load(WorkerSettings), called=False):
+        leave.pause(paused.TO_MOVE)
+        leave.pause(BY_HOURS)
+        assert leave.reason == paused.TO_MOVE
+        leave.pause(BY_HAND)
+        assert leave.reason == BY_HAND
+        stop.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert leave.reason == ""

@@ -58,6 +58,12 @@ def test_a_worker_moves_to_where_the_others_wait_and_not_for_a_little() -> None:
     assert better_stage(served([1, 1.1], [2, 2]), 0, range(2)) is None
 
 
+def test_where_several_stages_have_nobody_workers_that_are_too_many_elsewhere_serve_them() -> None:
+    assert better_stage(served([1, 2, 3], [4, 0, 0]), 0, range(3)) == 2
+    assert better_stage(served([1, 2, 3], [3, 0, 1]), 0, range(3)) == 1
+    assert better_stage(served([1, 2, 3], [1, 0, 1]), 0, range(3)) is None
+
+
 def test_nobody_leaves_a_stage_alone() -> None:
     assert better_stage(served([1, 9], [1, 1]), 0, range(2)) is None
     assert better_stage(served([1, 9, 1], [2, 1, 0]), 0, range(3)) == 2
