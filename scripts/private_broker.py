@@ -143,6 +143,7 @@ class PrivateBroker:
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("RABBITMQ_", "ERL_"))}
         return kept | {
             "HOME": folder,  # where Erlang keeps its cookie
+            "ERL_CRASH_DUMP": f"{folder}/erl_crash.dump",  # not in the folder of whoever started it
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(self._epmd_port),
             "RABBITMQ_NODENAME": self._node,
