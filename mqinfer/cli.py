@@ -2,14 +2,14 @@
 
 What a command needs is imported when it runs, so that `--help` is there at once, and so that a command without compute
 can say so (`hide_torch`) before transformers looks for torch. Commands on queues and dead letters are cli_queues.py,
-those that scale stages cli_scaling.py.
+those that scale stages cli_scaling.py, those that lend devices cli_workers.py.
 """
 
 from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,9 +18,6 @@ from mqinfer.cli_queues import dead_app, queues_app
 from mqinfer.errors import MqinferError, SettingsError
 from mqinfer.launch import hide_torch, load_settings, operator, run
 from mqinfer.running import unless_stopped
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="mqinfer",

@@ -53,16 +53,6 @@ def better_stage(stages: Sequence[Served], mine: int, possible: Collection[int])
 
 
 def _rates(stages: Sequence[Served]) -> list[float]:
-    """Of each stage, all in one unit: measured where all were, and otherwise by the model's numbers."""
+    """Of each stage, all in one unit: measured where all that are served were, and otherwise by the model's numbers."""
     measured = all(stage.rows_per_s for stage in stages if stage.workers)
-    known = [
-        (stage.rows_per_s or 0.0) * stage.cost for stage in stages if stage.workers and stage.rows_per_s and stage.cost
-    ]
-    speed = sum(known) / len(known) if measured and known else 1.0  # of a stage that nobody has measured
-    return [stage.workers * _speed(stage, speed, measured) for stage in stages]
-
-
-def _speed(stage: Served, speed: float, measured: bool) -> float:
-    if measured and stage.rows_per_s:
-        return stage.rows_per_s
-    return speed / max(stage.cost, 1e-9)
+    return [stage.workers * ((stage.rows_per_s or 0.0) if measured else 1 / max(stage.cost, 1e-9)) for stage in stages]
