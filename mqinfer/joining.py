@@ -101,22 +101,16 @@ async def until_better(
 
 
 def served(seen: Survey, costs: Sequence[float]) -> list[Served]:
-    """Who serves each stage, and how fast they were."""
+    """Who serves each stage or will soon, and how fast they were."""
+    coming = [report.stage for report in seen.in_role("joining")]
     return [
         Served(
-            workers=_serving(seen, stage),
+            workers=seen.consumers(stage) + coming.count(stage),
             cost=cost,
             rows_per_s=_speed(seen.workers(stage)),
         )
         for stage, cost in enumerate(costs)
     ]
-
-
-def _serving(seen: Survey, stage: int) -> int:
-    """Who is in a long forward does not answer, but the broker knows it."""
-    state = seen.stages[stage]
-    coming = sum(report.role == "joining" and report.stage == stage for report in seen.reports.values())
-    return max(len(seen.workers(stage)), state.consumers if state else 0) + coming
 
 
 def _speed(workers: Sequence[Report]) -> float | None:

@@ -76,7 +76,7 @@ def remarks(earlier: Survey, later: Survey) -> Iterator[str]:
         yield f"bound at stage {bound}: the others wait for it, its workers compute {busy:.0%} of the time"
     else:
         yield "nothing is under way"
-    for report in later.paused():
+    for report in later.in_role("paused"):
         yield f"{report.id} of stage {report.stage} on {report.host} is paused ({report.facts.get('reason', '')})"
     if blocked_s := later.blocked_s():
         yield f"the broker has blocked publishers for {blocked_s:.0f} s since they are linked: memory or disk alarm"

@@ -57,17 +57,22 @@ class Survey:
     #: Why the broker takes nothing from who publishes: nobody could be asked then. "": it takes everything.
     blocked: str = ""
 
+    def in_role(self, role: str) -> list[Report]:
+        """Actors of that role (see Report) that answered."""
+        return [report for report in self.reports.values() if report.role == role]
+
     def coordinators(self) -> list[Report]:
         """Coordinators that answered."""
-        return [report for report in self.reports.values() if report.role == "coordinator"]
+        return self.in_role("coordinator")
 
     def workers(self, stage: int) -> list[Report]:
         """Workers of the stage that answered."""
-        return [report for report in self.reports.values() if report.role == "worker" and report.stage == stage]
+        return [report for report in self.in_role("worker") if report.stage == stage]
 
-    def paused(self) -> list[Report]:
-        """Workers that have left their devices and answered."""
-        return [report for report in self.reports.values() if report.role == "paused"]
+    def consumers(self, stage: int) -> int:
+        """Workers of the stage. One that the broker knows is one, even where it is in a long forward and silent."""
+        queue = self.stages[stage]
+        return max(len(self.workers(stage)), queue.consumers if queue else 0)
 
     def blocked_s(self) -> float:
         """How long the broker kept the actor that it kept longest from publishing, since that one's link is open."""
@@ -90,10 +95,7 @@ class Survey:
         both = [(earlier.reports[now.id], now) for now in workers if now.id in earlier.reports]
 
         def rate(name: str) -> float:
-            return sum(
-                (now.values.get(name, 0.0) - then.values.get(name, 0.0)) / max(now.clock_s - then.clock_s, 1e-6)
-                for then, now in both
-            )
+            return sum(_grown(then, now)(name) / max(now.clock_s - then.clock_s, 1e-6) for then, now in both)
 
         def mean(name: str, of: str) -> float:
             return rate(name) / rate(of) if rate(of) else 0.0
@@ -161,13 +163,11 @@ def window(surveys: Sequence[Survey]) -> Window:
 
 
 def _seen(surveys: Sequence[Survey], stage: int) -> StageSeen:
-    """A consumer that the broker knows is one, even where it did not answer in time."""
     first, last = surveys[0], surveys[-1]
-    workers, states = last.workers(stage), [each.stages[stage] for each in surveys]
-    queue = states[-1]
+    states = [each.stages[stage] for each in surveys]
     return StageSeen(
-        consumers=max(len(workers), queue.consumers if queue else 0),
-        worked=tuple(_worked(then, now) for then, now in _both(first, workers)),
+        consumers=last.consumers(stage),
+        worked=tuple(_worked(then, now) for then, now in _both(first, last.workers(stage))),
         ready=fmean(state.ready if state else 0 for state in states),
         unacknowledged=fmean(
             sum(one.values.get("unacknowledged", 0.0) for one in each.workers(stage)) for each in surveys
