@@ -37,15 +37,13 @@ async def pause(settings: Settings, target: str, *, paused: bool) -> int:
                 await transport.publish(
                     Topology(plan.name).worker(report.id).name, encode(Pause(plan=plan.digest, paused=paused))
                 )
-        missing = await _until_seen(transport, plan, told, role="paused") if paused else []
+        missing = await _until_paused(transport, plan, told) if paused else []
     for report in told:
         done = "does not answer yet" if report in missing else "paused" if paused else "loads its layers again"
-        console.out.print(f"{report.id} (stage {report.stage} on {report.host}): {done}", markup=False, soft_wrap=True)
+        console.out.print(f"{_named(report)}: {done}", markup=False, soft_wrap=True)
     loading = [report for report in meant if report.role == "joining"] if paused else []
     for report in loading:
-        console.say(
-            f"{report.id} (stage {report.stage} on {report.host}): loads its layers; ask it again when it serves"
-        )
+        console.say(f"{_named(report)}: loads its layers; ask it again when it serves")
     if not told and not loading:
         console.say(f"all of {target!r} are at work already")
     return SOME_ERRORS if missing or loading else ALL_ANSWERED
@@ -56,13 +54,17 @@ def _is_meant(report: Report, target: str) -> bool:
     return report.role != "coordinator" and target in (report.id, str(report.stage), report.host, "all")
 
 
+def _named(report: Report) -> str:
+    return f"{report.id} (stage {report.stage} on {report.host})"
+
+
 def _workers_there(seen: Survey) -> str:
     there = sorted(f"{report.id} on {report.host}" for report in seen.reports.values() if report.role != "coordinator")
     return f"there are {', '.join(there)}" if there else "no worker answers"
 
 
-async def _until_seen(transport: Transport, plan: Plan, told: Sequence[Report], *, role: str) -> list[Report]:
-    """Wait until their processes answer in that role; those that don't within PAUSED_S."""
+async def _until_paused(transport: Transport, plan: Plan, told: Sequence[Report]) -> list[Report]:
+    """Wait until their processes answer as paused; those that don't within PAUSED_S."""
 
     def process(report: Report) -> tuple[str, str]:
         return report.host, report.facts.get("process", "")
@@ -72,6 +74,6 @@ async def _until_seen(transport: Transport, plan: Plan, told: Sequence[Report], 
         async with asyncio.timeout(PAUSED_S):
             while missing:
                 seen = await survey.take(transport, plan)
-                there = {process(report) for report in seen.reports.values() if report.role == role}
+                there = {process(report) for report in seen.in_role("paused")}
                 missing = [report for report in missing if process(report) not in there]
     return missing

@@ -1,6 +1,6 @@
 """A worker that has left its device to others: nothing of it is there any more, but it can be seen and called back.
 
-A worker that leaves starts its program anew (`commands.worker`), which gives back even what CUDA keeps for as long as a
+A worker that leaves starts its program anew (`worker_command`), which gives back even what CUDA keeps for as long as a
 process lives; here it waits until it may return. torch may not be imported here.
 """
 
@@ -34,7 +34,7 @@ DRAIN_S = 2.0
 
 
 class Leave:
-    """Whether a worker is to leave, and why. Set once."""
+    """Whether a worker is to leave, and why."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -105,35 +105,29 @@ class PausedWorker:
         self._reason = reason
         self._settings = settings
         self._connect = connect
-        self._returns = asyncio.Event()
+        #: Set when it may return, or is to end.
+        self._over = asyncio.Event()
         #: Whether somebody called it back.
         self.called = False
 
     async def run(self, stop: asyncio.Event) -> bool:
         """Until it is to return to its device (True) or `stop` is set (False). Raises: Refused at the first link."""
-        over = asyncio.Event()
-
-        async def either() -> None:
-            tasks = [asyncio.ensure_future(event.wait()) for event in (stop, self._returns)]
-            try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                over.set()
-            finally:
-                for task in tasks:
-                    task.cancel()
-
         emit(WORKER_PAUSED, stage=self._stage, reason=self._reason)
         guests = guests_on(self._settings.device) if self._settings.yield_gpu else lambda: False
-        watches = [asyncio.ensure_future(either()), asyncio.ensure_future(self._wait_for_cause(guests))]
+        watches = [asyncio.ensure_future(self._end_with(stop)), asyncio.ensure_future(self._wait_for_cause(guests))]
         try:
-            await keep_linked("paused worker", self._connect, lambda link: self._session(link, over), over)
+            await keep_linked("paused worker", self._connect, self._session, self._over)
         finally:
             for watch in watches:
                 watch.cancel()
-        if self._returns.is_set() and not stop.is_set():
-            emit(WORKER_RESUMED, stage=self._stage)
-            return True
-        return False
+        if stop.is_set():
+            return False
+        emit(WORKER_RESUMED, stage=self._stage)
+        return True
+
+    async def _end_with(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._over.set()
 
     async def _wait_for_cause(self, guests: Callable[[], bool]) -> None:
         """Until its hours have begun and nobody else is there; whom somebody sent away by hand is called by hand."""
@@ -147,14 +141,14 @@ class PausedWorker:
             return self._reason != BY_HAND and is_time(hours) and now_s() - last_s >= alone_s
 
         await until(may_return)
-        self._returns.set()
+        self._over.set()
 
-    async def _session(self, transport: Transport, over: asyncio.Event) -> None:
+    async def _session(self, transport: Transport) -> None:
         presence = Presence(self._plan, self._stage, "paused", self._facts, self._be_told)
         async with asyncio.TaskGroup() as tasks:
             await presence.open(transport)
             loops = [tasks.create_task(transport.closed()), tasks.create_task(presence.serve(transport))]
-            await over.wait()
+            await self._over.wait()
             for loop in loops:
                 loop.cancel()
 
@@ -166,4 +160,4 @@ class PausedWorker:
             self._reason = BY_HAND
         else:
             self.called = True
-            self._returns.set()
+            self._over.set()
