@@ -50,8 +50,8 @@ class StageWorker:
         self, plan: Plan, stage: int, compute: StageCompute, settings: WorkerSettings, connect: Connect
     ) -> None:
         self.stage = stage
-        #: What it says of itself in words.
-        self.facts = compute.facts | {"instance": settings.instance, "process": str(os.getpid())}
+        #: What it computes on and with; for metrics, so nothing that is another one at every start.
+        self.facts = compute.facts
         self._plan = plan
         self._compute = compute
         self._settings = settings
@@ -116,7 +116,7 @@ class WorkerSession:
         self._transport = transport
         self._thread = thread
         self._leave = leave
-        self._facts = facts
+        self._facts = {**facts, "instance": settings.instance, "process": str(os.getpid())}
         self._topology = Topology(plan.name)
         self.id = new_id(f"s{stage}")
         self._queue = self._topology.worker(self.id)

@@ -32,6 +32,10 @@ def scrape(port: int) -> dict[str, Metric]:
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
+#: Of every actor; no process and no instance, which Prometheus knows by itself.
+COMMON_FACTS = ("role", "version", "python", "plan")
+
+
 def value(families: dict[str, Metric], name: str, **labels: str) -> float:
     """The sum of the samples of that name that have these labels."""
     samples = [s for family in families.values() for s in family.samples if s.name == name]
@@ -63,6 +67,8 @@ def test_a_fleet_s_metrics_add_up_to_the_job_it_did(
         assert value(seen, "mqinfer_batch_rows_sum") >= 20 * 6
         assert value(seen, "mqinfer_kv_budget_bytes") == 64 * 2**20
         assert value(seen, "mqinfer_actor_info", role="worker", device="cpu", codec="auto") == 1
+        (info,) = seen["mqinfer_actor_info"].samples
+        assert info.labels.keys() == {*labels, *COMMON_FACTS, "device", "device_name", "codec", "torch"}
         assert value(seen, "mqinfer_dead_letters_total") == 0
     tokens = value(first, "mqinfer_computed_tokens_total")
     assert tokens >= value(coordinator, "mqinfer_prompt_tokens_total") + 20 * 5
