@@ -60,21 +60,23 @@ class Sockets(TransportFactory):
 async def connect(url: URL, *, name: str, heartbeat_s: float, timeout_s: float) -> AbortableConnection:
     """Open a connection that the broker's operator sees as `name`. Raises: Refused, with words for people."""
     connection = AbortableConnection(make_url(url, heartbeat=max(1, round(heartbeat_s))), name=name)
+    before = cancelling()
     try:
         await connection.connect(timeout=timeout_s)
     except BaseException as error:
         # Its destructor would start a task if nobody closed it, even though it was never open.
         await connection.close()
-        if isinstance(error, Exception) or _is_foreign(error):
+        # aiormq cancels who waits on a connection that it loses: nobody asked for that.
+        if isinstance(error, Exception) or (isinstance(error, asyncio.CancelledError) and cancelling() == before):
             raise Refused(why(error, url, timeout_s)) from error
         raise
     return connection
 
 
-def _is_foreign(error: BaseException) -> bool:
-    """Whether it is a cancellation that nobody asked for: aiormq cancels who waits on a connection that it loses."""
+def cancelling() -> int:
+    """How often somebody has asked for the cancellation of the task that runs; what else cancels it is no request."""
     task = asyncio.current_task()
-    return isinstance(error, asyncio.CancelledError) and task is not None and not task.cancelling()
+    return task.cancelling() if task else 0
 
 
 def parse(url: str) -> URL:

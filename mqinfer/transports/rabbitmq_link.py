@@ -19,7 +19,7 @@ from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
 from mqinfer.errors import Disconnected, Forbidden, Refused, Unroutable
 from mqinfer.transports.rabbitmq_alarm import Gate, listen
-from mqinfer.transports.rabbitmq_connect import AbortableConnection
+from mqinfer.transports.rabbitmq_connect import AbortableConnection, cancelling
 
 #: A broker that hears us answers within milliseconds; one that does not must not hold up our going.
 CLOSE_TIMEOUT_S = 5.0
@@ -100,7 +100,7 @@ class Link:
         `publishing`: while the broker has an alarm it is waited for, however long that takes.
         """
         self.check()
-        cancelling = _cancelling()
+        before = cancelling()
         try:
             async with self.gate.passing() if publishing else asyncio.timeout(self._timeout_s):
                 self.check()
@@ -113,7 +113,7 @@ class Link:
             raise Refused(f"the broker refuses this for the queue {queue}: {error}") from error
         except asyncio.CancelledError as error:
             # aiormq cancels what waits when the connection is lost. If nobody cancelled this task, it is that.
-            if _cancelling() > cancelling:
+            if cancelling() > before:
                 raise
             raise self._lost(error) from error
         except Exception as error:
@@ -122,7 +122,7 @@ class Link:
                 raise self._lost(error) from error
             raise
         finally:
-            if _cancelling() > cancelling:  # aiormq swallows a cancellation that meets it closing a channel
+            if cancelling() > before:  # aiormq swallows a cancellation that meets it closing a channel
                 raise asyncio.CancelledError
 
     @asynccontextmanager
@@ -159,8 +159,3 @@ def _raw(connection: AbortableConnection) -> RawConnection:
     if connection.transport is None:
         raise Disconnected("the link to the broker has ended")
     return connection.transport.connection
-
-
-def _cancelling() -> int:
-    task = asyncio.current_task()
-    return task.cancelling() if task else 0
