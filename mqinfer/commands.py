@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mqinfer import checkpoint, console, systemd
@@ -255,7 +254,7 @@ async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop:
     coordinating = Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator"))
     with measured(settings, plan) as attach:
         attach(lambda: coordinating.values(), actor_facts(plan))
-        async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
+        async with systemd.kept_informed(systemd.loop_turns, stop):
             await coordinating.run(stop)
     return 0
 
@@ -278,7 +277,7 @@ def measured(settings: Settings, plan: Plan, stage: int | None = None) -> Iterat
 async def autoscale(settings: AutoscalerSettings, *, stop: asyncio.Event) -> int:
     """Scale stages. The exit code."""
     scaling = Autoscaler(read_plan(settings), settings, connecting(settings, "autoscaler"), _actuator(settings))
-    async with systemd.kept_informed(partial(asyncio.sleep, 0), stop):
+    async with systemd.kept_informed(systemd.loop_turns, stop):
         await scaling.run(stop)
     return 0
 

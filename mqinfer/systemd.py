@@ -40,6 +40,11 @@ _STATUS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 Pulse = Callable[[], Awaitable[None]]
 
 
+async def loop_turns() -> None:
+    """A Pulse: the event loop turns, which is all that can be said of who computes nothing, or not yet."""
+    await asyncio.sleep(0)
+
+
 class ServiceManager:
     """The other end of the notification socket, where there is one."""
 

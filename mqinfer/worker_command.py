@@ -37,7 +37,7 @@ async def worker(settings: WorkerSettings, stage: int | None, model: str | None,
     if reason := _reason(settings):
         number = NO_STAGE if stage is None else stage
         waiting = PausedWorker(plan, number, reason, settings, _connecting(settings, "paused worker"))
-        async with systemd.kept_informed(_alive, stop):
+        async with systemd.kept_informed(systemd.loop_turns, stop):
             if not await waiting.run(stop):
                 return 0
         called = waiting.called
@@ -50,7 +50,7 @@ async def worker(settings: WorkerSettings, stage: int | None, model: str | None,
     if stage is None:
         await _help(plan, folder, settings, stop, called=called)
     else:
-        async with systemd.kept_informed(_alive, stop):  # its watchdog runs since it was paused
+        async with systemd.kept_informed(systemd.loop_turns, stop):  # its watchdog runs since it was paused
             serving = await _loaded(plan, stage, folder, settings, stop)
         _leave(await _run(plan, serving, settings, stop, called=called), stop)
     return 0
@@ -71,17 +71,12 @@ def _connecting(settings: WorkerSettings, actor: str) -> Connect:
     return (lambda: reopen(connect)) if settings.paused else connect
 
 
-async def _alive() -> None:
-    """The event loop turns: all that can be said of a worker that loads or waits."""
-    await asyncio.sleep(0)
-
-
 async def _help(plan: Plan, folder: Path, settings: WorkerSettings, stop: asyncio.Event, *, called: bool) -> None:
     """Serve the stage that is the slowest, and move if it is to and another one stays slower."""
     costs = [cost.share for cost in checkpoint.stage_table(plan, checkpoint.facts(str(folder)))]
     possible = await asyncio.to_thread(_possible, plan, folder, settings)
     async with (
-        systemd.kept_informed(_alive, stop),
+        systemd.kept_informed(systemd.loop_turns, stop),
         linked(settings, "joining") as link,
         joining(link, plan, costs, possible, instance=settings.instance) as stage,
     ):
