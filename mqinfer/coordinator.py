@@ -13,8 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from mqinfer.coordinator_counts import CoordinatorCounts
-from mqinfer.coordinator_load import load_of
+from mqinfer.coordinator_counts import CoordinatorCounts, load_of
 from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared

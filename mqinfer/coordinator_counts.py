@@ -1,13 +1,15 @@
-"""What a coordinator did, counted for reports and told as events. No queues here."""
+"""What a coordinator did, counted for reports and told as events; and what bounds it. No queues here."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 from mqinfer.messages import FinishReason, Result
 from mqinfer.observe import REQUEST_ENDED, ROW_REPLAYED, emit
 from mqinfer.rows import Replayed
 from mqinfer.scheduler import Scheduler
+from mqinfer.settings import CoordinatorSettings
 
 NAMES = ("results", "failures", "prompt_tokens", "output_tokens", "replays", "replayed_tokens", "dead_letters")
 
@@ -52,3 +54,8 @@ class CoordinatorCounts:
             "microbatches": len(scheduler.microbatches),
             **self.values,
         }
+
+
+def load_of(settings: CoordinatorSettings) -> dict[str, float]:
+    """Its process's own computing, and its limits: by name, units in the name, what `Report.values` carries."""
+    return {"cpu_s": time.process_time(), "microbatch_rows": settings.microbatch_rows}

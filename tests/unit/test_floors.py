@@ -50,7 +50,7 @@ ROOMS = (
     Room("link", 3, "link reports"),
     Room("survey", 3, "survey"),
     Room("worker", 4, "stage_worker stage_inbox stage_outbox stage_compute stage_counts presence paused"),
-    Room("coordinator", 4, "coordinator coordinator_counts coordinator_load leases requests"),
+    Room("coordinator", 4, "coordinator coordinator_counts leases requests"),
     Room("producer", 4, "producer"),
     Room("autoscaler", 4, "autoscaler actuators"),
     Room("dead letters", 4, "dead_letters"),
