@@ -33,7 +33,9 @@ class Room:
 #: Rooms of one floor are blind to each other.
 ROOMS = (
     Room("words", 0, "__init__ errors observe"),
-    Room("what travels", 1, "messages wire wire_fields wire_header queues plan settings families"),
+    Room(
+        "what travels", 1, "messages wire wire_fields wire_header queues toml_table plan host_profile settings families"
+    ),
     Room("codec", 2, "tensor_codec"),
     Room(
         "transports",
@@ -44,19 +46,20 @@ ROOMS = (
     Room("checkpoint", 2, "checkpoint headers anatomy hub"),
     Room("compute", 2, "stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device"),
     Room("text", 2, "tokenizer"),
-    Room("policy", 2, "batching pacing verdicts partition rows scheduler"),
+    Room("policy", 2, "batching pacing verdicts partition rows scheduler fleet_costs fleet_search fleet_plan gpus"),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
-    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts"),
+    Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts profiling"),
     Room("coordinator", 4, "coordinator leases requests"),
     Room("producer", 4, "producer"),
     Room("survey", 4, "survey"),
     Room("dead letters", 4, "dead_letters"),
+    Room("link profile", 4, "link_profile"),
     Room(
         "doors",
         5,
         "__main__ cli cli_queues launch flags running systemd commands operate console embedded "
-        "batch_files batch_output batch_rows batch_job openai_bodies",
+        "batch_files batch_output batch_rows batch_job openai_bodies fleet_file fleet_commands",
     ),
 )
 
@@ -75,7 +78,7 @@ HOMES = {
     "structlog": "observe",
     "tenacity": "link",
     "torch": "tensor_codec stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device "
-    "stage_engine stage_compute",
+    "stage_engine stage_compute profiling",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
     "typer": "cli cli_queues launch flags",
     "uvloop": "running",
