@@ -135,7 +135,7 @@ def profile(
     threads: flags.Threads = None,
     codec: flags.Codec = None,
     broker: flags.ProfileBroker = None,
-    context: flags.ProfileContext = 512,
+    context: flags.ProfileContext = None,
     layers: flags.ProfileLayers = None,
     config: flags.Config = None,
     log_level: flags.LogLevel = None,

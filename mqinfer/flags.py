@@ -103,10 +103,8 @@ ProfileBroker = Annotated[
     str | None, typer.Option(metavar="URL", help="Measure the link to this broker too. Default: leave it out.")
 ]
 ProfileContext = Annotated[
-    int,
-    typer.Option(
-        "--context", metavar="N", min=1, show_default=False, help="Rows decode at this position. Default: 512."
-    ),
+    int | None,
+    typer.Option("--context", metavar="N", min=1, help="Rows decode at this position. Default: 512."),
 ]
 ProfileLayers = Annotated[
     int | None,

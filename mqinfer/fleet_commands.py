@@ -24,6 +24,8 @@ from mqinfer.transports import open_transport
 
 #: Where nothing is said: positions of a row, if the model has them.
 CONTEXT_TOKENS = 2048
+#: And where rows decode that are profiled.
+PROFILED_TOKENS = 512
 #: Forwards' rows by which a plan without a fleet weighs head and layers where a profile is given.
 CUT_ROWS = 32
 
@@ -174,7 +176,7 @@ async def profile(
     *,
     dtype: str,
     revision: str,
-    context_tokens: int,
+    context_tokens: int | None,
     layers: int | None,
     with_link: bool,
     stop: asyncio.Event,
@@ -190,8 +192,9 @@ async def profile(
     def measure() -> host_profile.HostProfile:
         plan, facts = checkpoint.make_plan(model, stages=1, dtype=dtype, revision=revision)
         anatomy, itemsize = facts.anatomy, plan.itemsize
-        if not 1 <= context_tokens < facts.context_tokens:
-            raise PlanError(f"--context {context_tokens}: less than the model's {facts.context_tokens}, at least 1")
+        context = context_tokens or min(PROFILED_TOKENS, facts.context_tokens // 2)
+        if context >= facts.context_tokens:
+            raise PlanError(f"--context {context}: it must be less than the model's {facts.context_tokens}")
         weights = profiling.Weights(
             work=fleet_file.works(facts),
             layer_bytes=max(layer.parameters for layer in anatomy.layers) * itemsize,
@@ -200,7 +203,7 @@ async def profile(
         )
         folder = checkpoint.resolve(model, plan.revision)
         return profiling.profile(
-            plan, weights, folder, settings, context_tokens=context_tokens, layers=layers, tell=console.say
+            plan, weights, folder, settings, context_tokens=context, layers=layers, tell=console.say
         )
 
     found = await unless_stopped(stop, asyncio.to_thread(measure))

@@ -107,8 +107,9 @@ def _measured(profile: HostProfile) -> _Known:
 
 def _estimate(name: str, facts: CheckpointFacts, dtype: str, load: Load) -> _Known:
     if name not in gpus.GPUS:
-        near = difflib.get_close_matches(name, gpus.GPUS, n=1, cutoff=0.3)
-        hint = f", is it {near[0]!r}?" if near else ""
+        longer = [known for known in gpus.GPUS if known.lower().startswith(name.lower())]
+        near = longer or difflib.get_close_matches(name, gpus.GPUS, n=1)
+        hint = f", is it {' or '.join(map(repr, near))}?" if near else "."
         raise PlanError(f"gpu: {name!r} is not known{hint} Known are: {', '.join(gpus.GPUS)}")
     gpu, itemsize, layers = gpus.GPUS[name], DTYPES[dtype], facts.anatomy.layers
     work = gpus.Work(

@@ -15,25 +15,16 @@ from functools import partial
 from itertools import pairwise
 
 from mqinfer import fleet_search
-from mqinfer.fleet_costs import (
-    Flight,
-    Load,
-    Machine,
-    Model,
-    flight,
-    forward_s,
-    rows_held,
-    stage_rate,
-    worker_rate,
-)
+from mqinfer.fleet_costs import Flight, Load, Machine, Model, flight, rows_held
+from mqinfer.fleet_cut import Cutter
 from mqinfer.fleet_search import Found, Group, Lattice, Line, Terms
 
 #: A plan must be better by so much to take the place of another.
 GAIN = 1.002
-#: How closely the rate is searched: for groups, and for the cuts of given groups.
-GROUPS_FINE, CUTS_FINE = 1.005, 1.0005
-#: Between numbers of workers that are looked at in large fleets.
-WORKERS_STEP = 1.25
+#: How closely the rate is searched for groups; the cuts of those that are found are searched more closely.
+GROUPS_FINE = 1.005
+#: Between numbers of workers that are looked at in large fleets; of many kinds, each look takes longer.
+WORKERS_STEP, MANY_KINDS_STEP, MANY_KINDS = 1.25, 1.5, 16
 #: Moves of single workers that are tried.
 MOST_MOVES = 500
 
@@ -103,11 +94,9 @@ def plan_fleet(model: Model, load: Load, machines: Sequence[Machine]) -> FleetPl
     largest = max(layer.weight_bytes for layer in model.layers)
     mean = -(-model.weight_sums[-1] // len(model.layers))
     found = _Planner(model, load, machines, mean).plan()
-    if (
-        isinstance(found, Shortage) and mean < largest
-    ):  # where unlike layers are cut as if they were alike they may not fit
-        return _Planner(model, load, machines, largest).plan()
-    return found
+    if isinstance(found, FleetPlan) or mean == largest:
+        return found
+    return _Planner(model, load, machines, largest).plan()  # groups that hold mean layers may not hold the real ones
 
 
 def one_more(model: Model, load: Load, machines: Sequence[Machine], plan: FleetPlan) -> list[float]:
@@ -133,9 +122,7 @@ class _Planner:
         self._shares = fleet_search.shares(self._alike, load, machines)
         self._lattice = Lattice(self._counts) if Lattice.fits(self._counts) else None
         self._best: tuple[float, tuple[Group, ...], tuple[int, ...]] = (0.0, (), ())
-        #: By kind, layers and flight.
-        self._rates: dict[tuple[int, int, int, Flight], float] = {}
-        self._held: dict[tuple[int, int, int], float] = {}
+        self._cutter = Cutter(model, load, machines)
 
     def plan(self) -> FleetPlan | Shortage:
         short_bytes = self._short_bytes()
@@ -161,8 +148,9 @@ class _Planner:
     def _line_searches(self) -> Iterator[tuple[Flight, Find]]:
         total = sum(self._counts)
         sizes = [total]
+        step = WORKERS_STEP if len(self._machines) <= MANY_KINDS else MANY_KINDS_STEP
         while sizes[-1] > 1:
-            sizes.append(min(sizes[-1] - 1, int(sizes[-1] / WORKERS_STEP)))
+            sizes.append(min(sizes[-1] - 1, int(sizes[-1] / step)))
         for workers in sizes:
             for single in (True, False):
                 if (single and workers > len(self._model.layers)) or (workers == 1 and not single):
@@ -173,6 +161,8 @@ class _Planner:
                 self._offer((busy,))
                 for line in self._lines(busy, spread):
                     yield spread, partial(_on_line, line, terms, single)
+                    if single:  # their order is all the same then
+                        break
 
     def _foremost(self, terms: Terms, workers: int) -> Group:
         """The machines that carry the most."""
@@ -206,7 +196,7 @@ class _Planner:
         """The highest rate at which all layers are carried, if it is above the best one so far."""
         layers = len(self._model.layers)
         high = sum(
-            machine.count * self._rate(kind, 0, 1, spread)
+            machine.count * self._cutter.rate(kind, 0, 1, spread)
             for kind, machine in enumerate(self._machines)
             if machine.count
         )
@@ -223,73 +213,12 @@ class _Planner:
                 low, found = middle, higher
         self._offer(found.groups)
 
-    # -- given groups ------------------------------------------------------------------------------
-
     def _offer(self, groups: tuple[Group, ...]) -> bool:
         """Cut the layers for these groups, one after another; whether that is the best so far."""
-        spread = flight(sum(map(sum, groups)), len(groups), self._load)
-        rate = self._best[0] * GAIN or 1e-9
-        bounds = self._cut(groups, spread, rate)
-        if bounds is None:
-            return False
-        low, high = rate, 2 * rate
-        while (higher := self._cut(groups, spread, high)) is not None:
-            low, high, bounds = high, 4 * high, higher
-        while high > low * CUTS_FINE:
-            middle = (low * high) ** 0.5
-            if (higher := self._cut(groups, spread, middle)) is None:
-                high = middle
-            else:
-                low, bounds = middle, higher
-        stages = zip(groups, pairwise(bounds), strict=True)
-        self._best = (min(self._stage_rate(group, *layers, spread) for group, layers in stages), groups, bounds)
-        return True
-
-    def _cut(self, groups: Sequence[Group], spread: Flight, rate: float) -> tuple[int, ...] | None:
-        """Bounds with which every stage makes the rate: each takes as many layers as it can; None: they can't."""
-        bounds, layers = [0], len(self._model.layers)
-        for index, group in enumerate(groups):
-            low, high = bounds[-1], layers - (len(groups) - index - 1)
-            if index + 1 == len(groups):
-                low = layers - 1  # the last one takes the rest or fails
-            while low < high:
-                middle = (low + high + 1) // 2
-                if self._makes(group, bounds[-1], middle, spread, rate):
-                    low = middle
-                else:
-                    high = middle - 1
-            if low <= bounds[-1] or (index + 1 == len(groups) and low < layers):
-                return None
-            bounds.append(low)
-        return tuple(bounds)
-
-    def _makes(self, group: Group, first: int, end: int, spread: Flight, rate: float) -> bool:
-        """Whether the group makes the rate with the layers [first, end)."""
-        done = 0.0
-        for kind, count in enumerate(group):
-            if count:
-                done += count * min(self._rate(kind, first, end, spread) / rate, self._share(kind, first, end))
-        return done >= 1 - fleet_search.SLACK
-
-    def _stage_rate(self, group: Group, first: int, end: int, spread: Flight) -> float:
-        kinds = [kind for kind, count in enumerate(group) for _ in range(count)]
-        rates = [self._rate(kind, first, end, spread) for kind in kinds]
-        return stage_rate(rates, [self._share(kind, first, end) for kind in kinds])
-
-    def _rate(self, kind: int, first: int, end: int, spread: Flight) -> float:
-        key = (kind, first, end, spread)
-        if (known := self._rates.get(key)) is None:
-            machine = self._machines[kind]
-            busy_s = forward_s(self._model, self._load, machine.speed, first, end, spread.rows)
-            known = self._rates[key] = worker_rate(self._model, self._load, machine, spread, busy_s)
-        return known
-
-    def _share(self, kind: int, first: int, end: int) -> float:
-        key = (kind, first, end)
-        if (known := self._held.get(key)) is None:
-            held = rows_held(self._model, self._load, self._machines[kind], first, end)
-            known = self._held[key] = held / self._load.concurrency
-        return known
+        found = self._cutter.cut(groups, self._best[0] * GAIN)
+        if found is not None:
+            self._best = (found[0], groups, found[1])
+        return found is not None
 
     # -- the rest ----------------------------------------------------------------------------------
 
@@ -332,14 +261,18 @@ class _Planner:
 
     def _held_whole(self, search: Lattice | Line) -> int:
         """Layers that have room, head and embedding beside them."""
+        layers = len(self._model.layers)
         if isinstance(search, Line):
-            layers = len(self._model.layers)
-            whole = sum(
-                count * share[fleet_search.WHOLE][-1] for count, share in zip(self._counts, self._shares, strict=True)
-            )
+            shares = (share[fleet_search.WHOLE][-1] for share in self._shares)
+            whole = sum(count * max(share, 0) for count, share in zip(self._counts, shares, strict=True))
             return layers if whole >= 1 - fleet_search.SLACK else search.best(self._shares, single=False).layers
-        workers = sum(self._counts)  # one more never makes a stage hold less
-        return max(search.best(self._shares, workers=workers, single=single).layers for single in (True, False))
+        most = 0
+        for workers in range(sum(self._counts), 0, -1):
+            for single in (False, True):
+                most = max(most, search.best(self._shares, workers=workers, single=single).layers)
+                if most >= layers:
+                    return most
+        return most
 
     def _plan_of(self, groups: Sequence[Group], bounds: Sequence[int]) -> FleetPlan:
         spread = flight(sum(map(sum, groups)), len(groups), self._load)
@@ -350,7 +283,7 @@ class _Planner:
                 serving=tuple(
                     self._serving(kind, count, first, end, spread) for kind, count in enumerate(group) if count
                 ),
-                tokens_per_s=self._stage_rate(group, first, end, spread),
+                tokens_per_s=self._cutter.stage_rate(group, first, end, spread),
             )
             for group, (first, end) in zip(groups, pairwise(bounds), strict=True)
         ]
@@ -364,8 +297,8 @@ class _Planner:
             machine=kind,
             count=count,
             rows=rows_held(self._model, self._load, machine, first, end),
-            kv_bytes=min(max(room_bytes, 0), row_bytes * self._load.concurrency),
-            tokens_per_s=self._rate(kind, first, end, spread),
+            kv_bytes=min(room_bytes, row_bytes * self._load.concurrency),
+            tokens_per_s=self._cutter.rate(kind, first, end, spread),
         )
 
 
@@ -374,7 +307,8 @@ def _in_lattice(lattice: Lattice, terms: Terms, workers: int, single: bool, rate
 
 
 def _on_line(line: Line, terms: Terms, single: bool, rate: float) -> Found:
-    return line.best(terms.parts(rate), single=single)
+    parts = terms.parts(rate)
+    return line.best(parts, single=single) if line.may_carry(parts) else Found(0, ())
 
 
 def _idle(groups: Sequence[Group], counts: Group) -> Group:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
+from itertools import count as naturals
 from math import prod
+from operator import mul
 from typing import NamedTuple
 
-from mqinfer.fleet_costs import Flight, Layer, Load, Machine, Model, forward_s, layer_s, rows_held, worker_rate
+from mqinfer.fleet_costs import Flight, Layer, Load, Machine, Model, forward_s, layer_s, rows_held, worker_rates
 
 #: How many machines of each kind serve a stage together.
 Group = tuple[int, ...]
@@ -29,6 +31,8 @@ Origin = tuple[list[tuple[int, int, bool]], list[tuple[int, int, bool]]]
 MOST_PAIRS = 7000
 #: Parts that add up to nearly 1 are the whole.
 SLACK = 1e-9
+#: The part of a machine that has no room for a single row: no stage has it among its workers.
+NEVER = -1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +41,14 @@ class Terms:
 
     #: Tokens per second.
     rates: Parts
-    #: The part of all rows whose keys and values have room.
+    #: The part of all rows whose keys and values have room, or NEVER.
     shares: Parts
 
     def parts(self, rate: float) -> list[list[list[float]]]:
         """What part of the work of a stage at this rate each does."""
         return [
             [
-                [min(own / rate, share) for own, share in zip(rates, shares, strict=True)]
+                [part if (part := own / rate) < share else share for own, share in zip(rates, shares, strict=True)]
                 for rates, shares in zip(by_rate, by_share, strict=True)
             ]
             for by_rate, by_share in zip(self.rates, self.shares, strict=True)
@@ -69,11 +73,15 @@ def shares(model: Model, load: Load, machines: Sequence[Machine]) -> list[list[l
     count = len(model.layers)
     return [
         [
-            [1.0, *(rows_held(model, load, machine, *bounds) / load.concurrency for bounds in ranges(count, place))]
+            [1.0, *(_share(model, load, machine, *bounds) for bounds in ranges(count, place))]
             for place in (INNER, FIRST, LAST, WHOLE)
         ]
         for machine in machines
     ]
+
+
+def _share(model: Model, load: Load, machine: Machine, first: int, end: int) -> float:
+    return rows_held(model, load, machine, first, end) / load.concurrency or NEVER
 
 
 def rates(model: Model, load: Load, machines: Sequence[Machine], flight: Flight) -> list[list[list[float]]]:
@@ -90,7 +98,7 @@ def _rates(model: Model, load: Load, machine: Machine, flight: Flight, place: in
     base_s = forward_s(model, load, machine.speed, *bounds[0], flight.rows)
     more_s = layer_s(load, machine.speed, flight.rows)
     each_s = [base_s + more_s * (end - first - bounds[0][1] + bounds[0][0]) for first, end in bounds]
-    return [float("inf"), *(worker_rate(model, load, machine, flight, busy_s) for busy_s in each_s)]
+    return [float("inf"), *worker_rates(model, load, machine, flight, each_s)]
 
 
 def ranges(layers: int, place: int) -> list[tuple[int, int]]:
@@ -225,6 +233,20 @@ class Line:
         reach, origin = self._reach(parts, single)
         layers = reach[-1][BEGUN | ENDED]
         return Found(layers, self._unwound(origin)) if layers > 0 else Found(0, ())
+
+    def may_carry(self, parts: Parts) -> bool:
+        """Whether all layers are carried, roughly and quickly: False is sure.
+
+        The parts of a stage's workers add up to 1, so that its layers are at most the sum of their layers x part.
+        """
+        most: list[float] = [
+            max(
+                max(map(mul, naturals(), own[INNER])),
+                *(part * (len(own[FIRST]) - 1) for part in (own[FIRST][-1], own[LAST][-1])),
+            )
+            for own in parts
+        ]
+        return sum(most[kind] for kind in self._kinds) >= len(parts[0][WHOLE]) - 1 - SLACK
 
     def without_ends(self, parts: Parts, place: int) -> int:
         """As of `Lattice`."""

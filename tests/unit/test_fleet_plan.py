@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mqinfer import fleet_search
-from mqinfer.fleet_costs import Curve, Layer, Load, Machine, Model, Speed
+from mqinfer.fleet_costs import SHARED, Curve, Layer, Load, Machine, Model, Speed
 from mqinfer.fleet_plan import FleetPlan, Shortage, one_more, plan_fleet
 
 Fleet = tuple[Model, Load, list[Machine]]
@@ -99,17 +99,18 @@ def interpolated(curve: Curve, rows: float) -> float:
     return float(np.interp(rows, at, seconds))
 
 
-def spread(workers: int, stages: int, load: Load) -> tuple[float, float]:
-    """Rows of a forward, microbatches for each worker."""
+def spread(workers: int, stages: int, load: Load) -> tuple[float, float, float]:
+    """Rows of a forward, microbatches for each worker, and what workers bring of their rates."""
     microbatches = workers if workers == stages else workers + -(-workers // 2)
     microbatches = min(max(microbatches, -(-load.concurrency // load.microbatch_rows)), load.concurrency)
-    return load.concurrency / microbatches, microbatches / workers
+    return load.concurrency / microbatches, microbatches / workers, 1.0 if workers == stages else SHARED
 
 
 def alone(
-    shape: Model, load: Load, one: Machine, rows: float, per_worker: float, begins: bool, ends: bool
+    shape: Model, load: Load, one: Machine, how: tuple[float, float, float], begins: bool, ends: bool
 ) -> tuple[Array, Array]:
     """Of one machine by the number of its layers: tokens per second, and the part of the rows that it can hold."""
+    rows, per_worker, brought = how
     count = np.arange(1, len(shape.layers) + 1)
     prompt = load.prompt_tokens / (load.context_tokens - load.prompt_tokens)
     each_s = interpolated(one.speed.layer, rows) + rows * prompt * one.speed.layer_prefill_token_s
@@ -125,7 +126,7 @@ def alone(
     room = one.memory_bytes - weights
     row_bytes = load.context_tokens * shape.kv_layer_token_bytes * count
     held = np.where(row_bytes > 0, room // np.maximum(row_bytes, 1), load.concurrency)
-    return rows / period_s, np.where(room < 0, 0, np.minimum(held, load.concurrency)) / load.concurrency
+    return brought * rows / period_s, np.where(room < 0, 0, np.minimum(held, load.concurrency)) / load.concurrency
 
 
 def together(members: Sequence[tuple[int, tuple[Array, Array]]]) -> Array:
@@ -138,7 +139,8 @@ def together(members: Sequence[tuple[int, tuple[Array, Array]]]) -> Array:
         enough = done >= middle * (1 - 1e-12)
         low, high = np.where(enough, middle, low), np.where(enough, high, middle)
     held = sum((count * shares for count, (_, shares) in members), 0 * low)
-    return np.where(held >= 1 - 1e-9, low, 0.0)
+    each_has_room = np.all([shares > 0 for _, (_, shares) in members], axis=0)
+    return np.where(each_has_room & (held >= 1 - 1e-9), low, 0.0)
 
 
 def assignments(counts: tuple[int, ...], stages: int) -> Iterator[tuple[tuple[int, ...], ...]]:
@@ -159,11 +161,11 @@ def exhaustive(shape: Model, load: Load, machines: Sequence[Machine]) -> float:
     counts = tuple(one.count for one in machines)
     stage_rates: dict[tuple[object, ...], Array] = {}
 
-    def rates(group: tuple[int, ...], rows: float, per_worker: float, begins: bool, ends: bool) -> Array:
-        key = (group, rows, per_worker, begins, ends)
+    def rates(group: tuple[int, ...], how: tuple[float, float, float], begins: bool, ends: bool) -> Array:
+        key = (group, how, begins, ends)
         if key not in stage_rates:
             members = [
-                (count, alone(shape, load, one, rows, per_worker, begins, ends))
+                (count, alone(shape, load, one, how, begins, ends))
                 for count, one in zip(group, machines, strict=True)
                 if count
             ]
@@ -176,8 +178,8 @@ def exhaustive(shape: Model, load: Load, machines: Sequence[Machine]) -> float:
         bounds = np.hstack([np.zeros((len(inner), 1), np.int64), inner, np.full((len(inner), 1), layers)])
         sizes = np.diff(bounds, axis=1).T - 1
         for groups in assignments(counts, stages):
-            rows, per_worker = spread(sum(map(sum, groups)), stages, load)
-            tables = [rates(group, rows, per_worker, at == 0, at == stages - 1) for at, group in enumerate(groups)]
+            how = spread(sum(map(sum, groups)), stages, load)
+            tables = [rates(group, how, at == 0, at == stages - 1) for at, group in enumerate(groups)]
             if min(table[0] for table in tables) <= best:  # not even with one layer each
                 continue
             slowest = tables[0][sizes[0]]

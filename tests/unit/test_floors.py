@@ -46,7 +46,11 @@ ROOMS = (
     Room("checkpoint", 2, "checkpoint headers anatomy hub"),
     Room("compute", 2, "stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device"),
     Room("text", 2, "tokenizer"),
-    Room("policy", 2, "batching pacing verdicts partition rows scheduler fleet_costs fleet_search fleet_plan gpus"),
+    Room(
+        "policy",
+        2,
+        "batching pacing verdicts partition rows scheduler fleet_costs fleet_search fleet_cut fleet_plan gpus",
+    ),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link"),
     Room("worker", 4, "stage_worker stage_inbox stage_compute stage_counts profiling"),
