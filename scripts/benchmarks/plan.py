@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 
 from local_fleet import MQINFER, Fleet
 
@@ -34,6 +35,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 RUN_S = 2.0 if SMALL else 30.0
 WARM_S = 2.0
 PROMPT_TOKENS = 8
+#: A job has so many times the rows that are in flight.
+TURNS = 4
 #: What is asked of measured against predicted.
 WITHIN = 0.15
 
@@ -52,8 +55,8 @@ class Park:
         return Load(context_tokens=1, prompt_tokens=0, concurrency=self.concurrency)
 
 
-def _machine(name: str, count: int, layer_s: float, layers: int, fixed: float) -> Machine:
-    """Holds so many layers. One takes `layer_s` for 32 rows and `fixed` of that anyway; the head as much as four."""
+def _machine(name: str, count: int, layer_s: float, layers: int, fixed: float, head_layers: int) -> Machine:
+    """Holds so many layers. One takes `layer_s` for 32 rows and `fixed` of that anyway, the head as much as several."""
     layer = tuple((rows, layer_s * (fixed + rows / 32)) for rows in (1, 8, 32))
     return Machine(
         name=name,
@@ -62,7 +65,7 @@ def _machine(name: str, count: int, layer_s: float, layers: int, fixed: float) -
         speed=Speed(
             forward=Curve(((1, 0.01),)),
             layer=Curve(layer),
-            head=Curve(tuple((rows, 4 * seconds) for rows, seconds in layer)),
+            head=Curve(tuple((rows, head_layers * seconds) for rows, seconds in layer)),
             embedding=Curve(((1, 0.0),)),
             layer_prefill_token_s=0.0,
         ),
@@ -73,16 +76,12 @@ def _machine(name: str, count: int, layer_s: float, layers: int, fixed: float) -
 PARKS = (
     Park(
         "3 unlike machines, a stage each at most",
-        (_machine("fast", 1, 0.01, 20, 0.5), _machine("middle", 1, 0.02, 20, 0.5), _machine("slow", 1, 0.03, 20, 0.5)),
+        tuple(_machine(*kind, 20, 0.5, 4) for kind in (("fast", 1, 0.01), ("middle", 1, 0.02), ("slow", 1, 0.03))),
         48,
     ),
     Park(
-        "6 unlike machines, some of them together",
-        (
-            _machine("fast", 1, 0.02, 16, 0.05),
-            _machine("middle", 2, 0.04, 16, 0.05),
-            _machine("slow", 3, 0.08, 16, 0.05),
-        ),
+        "6 unlike machines, several at the head",
+        tuple(_machine(*kind, 20, 0.05, 25) for kind in (("fast", 1, 0.02), ("middle", 2, 0.04), ("slow", 3, 0.08))),
         128,
     ),
 )
@@ -179,10 +178,15 @@ def _curve(machine: Machine, load: Load, first: int, end: int) -> Sequence[tuple
 
 
 def _job(producer: Side, park: Park, plan: FleetPlan, seconds: float) -> float:
-    """Tokens per second of a job that should take so long. Raises: WrongWork."""
-    tokens = max(round(seconds * plan.tokens_per_s / park.concurrency), 2)
-    row = {"prompt": list(range(100, 100 + PROMPT_TOKENS)), "max_tokens": tokens}
-    answer = producer.ask(op="run", jobs=[{"rows": [row] * park.concurrency}])
-    if [len(output) for output in answer["outputs"][0]] != [tokens] * park.concurrency:
-        raise WrongWork(f"{park.name}: not every row has {tokens} tokens")
-    return float(park.concurrency * tokens / answer["seconds"])
+    """Tokens per second while nothing fills up or runs dry, of a job that should take so long. Raises: WrongWork."""
+    rows = TURNS * park.concurrency
+    mean = max(seconds * plan.tokens_per_s / rows, 2)
+    rng = Random(1)
+    lengths = [max(round(mean * rng.uniform(0.5, 1.5)), 1) for _ in range(rows)]
+    prompt = list(range(100, 100 + PROMPT_TOKENS))
+    answer = producer.ask(op="run", jobs=[{"rows": [{"prompt": prompt, "max_tokens": tokens} for tokens in lengths]}])
+    if [len(output) for output in answer["outputs"][0]] != lengths:
+        raise WrongWork(f"{park.name}: not every row has its {mean:.0f} tokens")
+    done = sorted(zip(answer["times_s"][0], lengths, strict=True))
+    middle = done[rows // 5 : rows * 4 // 5]
+    return float(sum(tokens for _, tokens in middle[1:]) / (middle[-1][0] - middle[0][0]))
