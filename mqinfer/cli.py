@@ -68,7 +68,7 @@ def plan(
     commands: flags.Commands = None,
     as_json: flags.Json = False,
 ) -> None:
-    """Cut a model into stages of equal cost, or for a fleet of unlike machines.
+    """Cut a model into equal stages, or for a fleet of machines.
 
     Its weights are not loaded; of a hub id not even downloaded. A fleet's file has a table for each kind of machine:
 
@@ -141,19 +141,19 @@ def profile(
     log_level: flags.LogLevel = None,
     log_json: flags.LogJson = None,
 ) -> None:
-    """Measure what a model's parts take on this machine, for mqinfer plan --fleet.
+    """Measure what a model takes on this machine.
 
-    A layer, the head, the embedding, prompts, and the way through the broker. Stages of a few layers are loaded and
+    For mqinfer plan --fleet: a layer, the head, the embedding, prompts, and the way through the broker. Stages of a few layers are loaded and
     computed as by a worker, so that it works for models that do not fit. The machine should be idle otherwise. Example:
 
     \b
       mqinfer profile --model Qwen/Qwen3-32B --dtype bfloat16 --device cuda:0 -o host.toml
     """
     from mqinfer import fleet_commands
-    from mqinfer.settings import WorkerSettings
+    from mqinfer.settings import ProfileSettings
 
     given = {"broker": broker, "device": device, "threads": threads, "codec": codec}
-    settings = load_settings(WorkerSettings, config, **given, log_level=log_level or "warning", log_json=log_json)
+    settings = load_settings(ProfileSettings, config, **given, log_level=log_level, log_json=log_json)
     measure = partial(fleet_commands.profile, settings, model, output, dtype=dtype, revision=revision)
     measure = partial(measure, context_tokens=context, layers=layers, with_link=broker is not None)
     run(lambda stop: measure(stop=stop), with_torch=True)

@@ -37,7 +37,7 @@ class Serving:
 
     machine: int
     count: int
-    #: Rows that each has room for, and the bytes of their keys and values.
+    #: Rows that each has room for, and the bytes to give their keys and values.
     rows: int
     kv_bytes: int
     #: Tokens per second of each where it never lacks work.
@@ -297,7 +297,7 @@ class _Planner:
             machine=kind,
             count=count,
             rows=rows_held(self._model, self._load, machine, first, end),
-            kv_bytes=min(room_bytes, row_bytes * self._load.concurrency),
+            kv_bytes=min(room_bytes, row_bytes * (self._load.concurrency + 1)),  # a row that grows is there twice
             tokens_per_s=self._cutter.rate(kind, first, end, spread),
         )
 

@@ -62,7 +62,7 @@ def test_a_stage_s_rate_is_the_largest_at_which_its_workers_do_it_all(workers: l
         return sum(min(own, rate * share) for own, share in workers)
 
     rate = stage_rate(rates, shares)
-    if sum(shares) < 1:
+    if sum(shares) < 1 - 1e-9:  # nearly all rows are all
         assert rate == 0
     else:
         assert done(rate) == pytest.approx(rate)
