@@ -143,8 +143,9 @@ def profile(
 ) -> None:
     """Measure what a model takes on this machine.
 
-    For mqinfer plan --fleet: a layer, the head, the embedding, prompts, and the way through the broker. Stages of a few layers are loaded and
-    computed as by a worker, so that it works for models that do not fit. The machine should be idle otherwise. Example:
+    For mqinfer plan --fleet: a layer, the head, the embedding, prompts, and the way through the broker. Stages of a few
+    layers are loaded and computed as by a worker, so that it works for models that do not fit. The machine should be
+    idle otherwise. Example:
 
     \b
       mqinfer profile --model Qwen/Qwen3-32B --dtype bfloat16 --device cuda:0 -o host.toml
