@@ -109,19 +109,24 @@ def make_plan(
     dtype: str,
     name: str | None = None,
     revision: str = "",
+    found: CheckpointFacts | None = None,
+    costs: Sequence[int] | None = None,
 ) -> tuple[Plan, CheckpointFacts]:
     """Cut the model into `stages` stages of equal cost, or before each of the layers `cuts`. Raises: PlanError.
 
-    Without a name the pipeline is called like the model.
+    Without a name the pipeline is called like the model. `found`: its facts, where they are known already. `costs`:
+    what each layer costs, embedding and head with it, where that was measured.
     """
-    found = facts(model, revision)
+    found = found or facts(model, revision)
     folder = _folder(model)
     plan = Plan(
         name=_slug(model) if name is None else name,
         model=str(folder.resolve()) if folder else model,
         revision=found.revision,
         dtype=dtype,
-        stages=tuple(StageSpec(first=first, end=end) for first, end in _bounds(found.anatomy, stages, cuts)),
+        stages=tuple(
+            StageSpec(first=first, end=end) for first, end in _bounds(costs or found.anatomy.costs, stages, cuts)
+        ),
         fingerprint=found.fingerprint,
         model_type=found.model_type,
         hidden_size=found.hidden_size,
@@ -132,31 +137,31 @@ def make_plan(
     return plan, found
 
 
-def stage_table(plan: Plan, facts: CheckpointFacts) -> list[StageCost]:
-    """What each stage weighs, in the order of stages."""
-    return [_stage_cost(stage, plan.itemsize, facts.anatomy) for stage in plan.stages]
+def stage_table(plan: Plan, facts: CheckpointFacts, costs: Sequence[int] | None = None) -> list[StageCost]:
+    """What each stage weighs, in the order of stages. `costs`: as in `make_plan`."""
+    return [_stage_cost(stage, plan.itemsize, facts.anatomy, costs or facts.anatomy.costs) for stage in plan.stages]
 
 
-def _stage_cost(stage: StageSpec, itemsize: int, anatomy: Anatomy) -> StageCost:
+def _stage_cost(stage: StageSpec, itemsize: int, anatomy: Anatomy, costs: Sequence[int]) -> StageCost:
     parameters = anatomy.parameters(stage.first, stage.end)
     return StageCost(
         stage=stage,
         parameters=parameters,
         weight_bytes=parameters * itemsize,
-        share=sum(anatomy.costs[stage.first : stage.end]) / sum(anatomy.costs),
+        share=sum(costs[stage.first : stage.end]) / sum(costs),
         kv_bytes_per_token=anatomy.kv_elements * itemsize * (stage.end - stage.first),
     )
 
 
-def _bounds(anatomy: Anatomy, stages: int | None, cuts: Sequence[int] | None) -> list[tuple[int, int]]:
+def _bounds(costs: Sequence[int], stages: int | None, cuts: Sequence[int] | None) -> list[tuple[int, int]]:
     if (stages is None) == (cuts is None):
         raise PlanError("either a number of stages or the cuts must be given")
     if stages is not None:
         try:
-            return partition.cut(anatomy.costs, stages)
+            return partition.cut(costs, stages)
         except ValueError as error:
             raise PlanError(str(error)) from error
-    layers = len(anatomy.layers)
+    layers = len(costs)
     bounds = list(pairwise((0, *(cuts or ()), layers)))
     if any(end <= first for first, end in bounds):
         raise PlanError(f"cuts {list(cuts or ())}: they must rise, and lie between 1 and {layers - 1}")

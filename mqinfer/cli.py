@@ -2,7 +2,7 @@
 
 What a command needs is imported when it runs, so that `--help` is there at once, and so that a command without compute
 can say so (`hide_torch`) before transformers looks for torch. Commands on queues and dead letters are cli_queues.py,
-those that scale stages cli_scaling.py, those that lend devices cli_workers.py.
+those that make plans cli_plan.py, those that scale stages cli_scaling.py, those that lend devices cli_workers.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from mqinfer import __version__, cli_scaling, cli_workers, flags
+from mqinfer import __version__, cli_plan, cli_scaling, cli_workers, flags
 from mqinfer.cli_queues import dead_app, queues_app
 from mqinfer.errors import MqinferError, SettingsError
-from mqinfer.launch import hide_torch, load_settings, operator, run
+from mqinfer.launch import load_settings, operator, run
 from mqinfer.running import unless_stopped
 
 app = typer.Typer(
@@ -52,27 +52,7 @@ def _root(
     """
 
 
-@app.command()
-def plan(
-    model: flags.Model,
-    stages: flags.Stages = None,
-    cut: flags.Cut = None,
-    dtype: flags.Dtype = "float32",
-    name: flags.Name = None,
-    revision: flags.Revision = "",
-    output: flags.PlanFile = None,
-) -> None:
-    """Cut a model into stages of equal cost.
-
-    Its weights are not loaded; of a hub id not even downloaded. Example:
-
-    \b
-      mqinfer plan Qwen/Qwen3-32B --stages 4 --dtype bfloat16 -o pipeline.toml
-    """
-    from mqinfer import commands
-
-    hide_torch()
-    commands.make_plan(model, stages=stages, cut=cut, dtype=dtype, name=name, revision=revision, output=output)
+cli_plan.add_to(app)
 
 
 @app.command()

@@ -17,6 +17,9 @@ from rich.text import Text
 from mqinfer.batch_rows import Progress as JobProgress
 from mqinfer.checkpoint import StageCost
 from mqinfer.dead_letters import Letter
+from mqinfer.fleet_costs import Load, Machine
+from mqinfer.fleet_plan import FleetPlan
+from mqinfer.host_profile import HostProfile
 from mqinfer.observe import STAGE_LOADED, add_sink, size
 from mqinfer.plan import Plan
 
@@ -80,6 +83,49 @@ def show_plan(plan: Plan, costs: Sequence[StageCost]) -> None:
 def layers(first: int, end: int) -> str:
     """Half-open, as in the plan's file."""
     return f"[{first}, {end})"
+
+
+def show_fleet_plan(
+    plan: Plan, found: FleetPlan, machines: Sequence[Machine], load: Load, more: Sequence[float]
+) -> None:
+    """One line a stage: layers, who serves it, what it can do; then what is predicted, what one more would bring."""
+    table = make_table("stage", "layers", "machines", "rows", "tokens/s", "bound")
+    table.columns[2].justify = "left"
+    for index, stage in enumerate(found.stages):
+        who = ", ".join(f"{serving.count} × {machines[serving.machine].name}" for serving in stage.serving)
+        rows = sum(serving.count * serving.rows for serving in stage.serving)
+        mark = "◀" if index == found.bound else ""
+        table.add_row(str(index), layers(stage.first, stage.end), who, str(rows), f"{stage.tokens_per_s:.1f}", mark)
+    show(f"{plan.name}: {plan.model} in {plan.dtype}, digest {plan.digest}", table)
+    for sentence in _fleet_remarks(found, machines, load, more):
+        out.print(sentence, markup=False, soft_wrap=True)
+
+
+def _fleet_remarks(found: FleetPlan, machines: Sequence[Machine], load: Load, more: Sequence[float]) -> Iterator[str]:
+    yield (
+        f"predicted: {found.tokens_per_s:.1f} tokens/s, bound at stage {found.bound}, with {load.concurrency} rows in "
+        f"flight of {load.context_tokens} positions, {load.prompt_tokens} of them prompt; "
+        f"{found.flight.rows:.1f} rows in a forward"
+    )
+    if any(found.idle):
+        idle = zip(found.idle, machines, strict=True)
+        yield "idle: " + ", ".join(f"{count} × {machine.name}" for count, machine in idle if count)
+    for machine, rate in zip(machines, more, strict=True):
+        yield f"one more {machine.name}: {rate:.1f} tokens/s ({rate / found.tokens_per_s - 1:+.0%})"
+
+
+def show_profile(profile: HostProfile) -> None:
+    """One line a part of the model: milliseconds by rows that decode."""
+    table = make_table("milliseconds", *(f"{rows} rows" for rows, _ in profile.layer))
+    parts = {"forward": profile.forward, "layer": profile.layer, "head": profile.head, "embedding": profile.embedding}
+    for name, points in parts.items():
+        table.add_row(name, *(f"{1e3 * seconds:.3f}" for _, seconds in points))
+    show(f"{profile.host}, {profile.device}: {profile.model} in {profile.dtype}, {profile.layers} layers", table)
+    words = [f"a prompt's token {1e3 * profile.layer_prefill_token_s:.4f} ms a layer"]
+    words.append(f"{size(profile.memory_bytes)} free" if profile.memory_bytes else "memory not known")
+    if profile.link is not None:
+        words.append(f"a hop {1e3 * profile.link.hop_s:.2f} ms and {size(round(profile.link.bytes_per_s))}/s")
+    out.print("; ".join(words), markup=False, soft_wrap=True)
 
 
 def show_dead(name: str, letters: Sequence[Letter], total: int) -> None:

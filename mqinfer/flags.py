@@ -77,6 +77,51 @@ Revision = Annotated[
 ]
 PlanFile = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan here, in TOML.")]
 
+# Fleets and profiles
+
+Fleet = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Plan for the machines of this file: cuts, and which of them serve which stage."),
+]
+Profile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="With --stages: weigh head and layers as measured here (mqinfer profile)."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="With --fleet: positions of a row. Default: 2048, or what the model was made for."
+    ),
+]
+PromptTokens = Annotated[
+    int | None, typer.Option(metavar="N", min=0, help="With --fleet: the prompt's part of them. Default: half.")
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="With --fleet: rows in flight, the coordinator's --rows. Default: 128."),
+]
+Commands = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="With --fleet: write the commands that start it here. Default: print them."),
+]
+ProfiledModel = Annotated[
+    str, typer.Option("--model", metavar="PATH_OR_ID", help="The checkpoint: a folder or a hub id.")
+]
+ProfileFile = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Write the profile here, in TOML.")]
+ProfileBroker = Annotated[
+    str | None, typer.Option(metavar="URL", help="Measure the link to this broker too. Default: leave it out.")
+]
+ProfileContext = Annotated[
+    int | None,
+    typer.Option("--context", metavar="N", min=1, help="Rows decode at this position. Default: 512."),
+]
+ProfileLayers = Annotated[
+    int | None,
+    typer.Option(
+        "--layers", metavar="N", min=2, help="Layers measured at once, two at least. Default: 256 MiB of weights."
+    ),
+]
+
 # Actors
 
 Stage = Annotated[

@@ -7,22 +7,18 @@ checkpoint. A plan that exists is valid. No torch and no RabbitMQ may be importe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mqinfer.errors import PlanError, SettingsError
 from mqinfer.queues import check_name
+from mqinfer.toml_table import Table, document, read_file, replace_file, string
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  #: dtype name -> bytes an element
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,29 +94,12 @@ class Plan:
 
 def read(path: str | Path) -> Plan:
     """The plan in the file. Raises: PlanError that names the file and the key at fault."""
-    try:
-        return loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanError(f"can't read the plan {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise PlanError(f"{path}: not UTF-8 text") from error
-    except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
+    return read_file(path, "the plan", loads)
 
 
 def write(plan: Plan, path: str | Path) -> None:
     """Put the plan into the file, which is at any moment the old one or the new one, whole. Raises: PlanError."""
-    target = Path(path)
-    fresh = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        try:
-            fresh.write_text(dumps(plan), encoding="utf-8")
-            fresh.replace(target)
-        finally:
-            with contextlib.suppress(OSError):
-                fresh.unlink()
-    except OSError as error:
-        raise PlanError(f"can't write the plan {path}: {error.strerror}") from error
+    replace_file(path, "the plan", dumps(plan))
 
 
 def dumps(plan: Plan) -> str:
@@ -130,14 +109,14 @@ def dumps(plan: Plan) -> str:
 # Coordinators, workers and batch jobs must be started with the same plan: messages of another one are refused.
 
 # Part of the queues' names: pipelines that share a broker need different names.
-name = {_string(plan.name)}
+name = {string(plan.name)}
 
 # A Hugging Face hub id with the commit as revision, or the path of a local folder with no revision.
-model = {_string(plan.model)}
-revision = {_string(plan.revision)}
+model = {string(plan.model)}
+revision = {string(plan.revision)}
 
 # What weights and hidden states are computed in: {", ".join(DTYPES)}.
-dtype = {_string(plan.dtype)}
+dtype = {string(plan.dtype)}
 
 # The layers of each stage, [first, end): the next stage begins where one ends. The first stage embeds tokens too,
 # the last has the output head, which weighs as much as several layers: give it fewer.
@@ -145,8 +124,8 @@ stages = {_pairs(plan.stages)}
 
 # What mqinfer plan found in the checkpoint; do not edit. For another model make another plan.
 [checkpoint]
-fingerprint = {_string(plan.fingerprint)}
-model_type = {_string(plan.model_type)}
+fingerprint = {string(plan.fingerprint)}
+model_type = {string(plan.model_type)}
 layers = {plan.layers}
 hidden_size = {plan.hidden_size}
 vocab_size = {plan.vocab_size}
@@ -157,12 +136,8 @@ eos_tokens = {list(plan.eos_tokens)}
 
 def loads(text: str) -> Plan:
     """The plan that `dumps` wrote or a person edited. Raises: PlanError that names the key at fault."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"not TOML: {error}") from error
-    top = _Table(document, "")
-    facts = _Table(top.take("checkpoint", dict), "checkpoint.")
+    top = document(text)
+    facts = Table(top.take("checkpoint", dict), "checkpoint.")
     plan = _plan(top, facts)
     layers = facts.take("layers", int)
     top.finish()
@@ -172,7 +147,7 @@ def loads(text: str) -> Plan:
     return plan
 
 
-def _plan(top: _Table, facts: _Table) -> Plan:
+def _plan(top: Table, facts: Table) -> Plan:
     return Plan(
         name=top.take("name", str),
         model=top.take("model", str),
@@ -186,31 +161,6 @@ def _plan(top: _Table, facts: _Table) -> Plan:
         context_tokens=facts.take("context_tokens", int),
         eos_tokens=_ints("checkpoint.eos_tokens", facts.take("eos_tokens", list)),
     )
-
-
-class _Table:
-    """One TOML table, from which every key is taken once."""
-
-    def __init__(self, values: Mapping[str, Any], prefix: str) -> None:
-        self._values = dict(values)
-        self._prefix = prefix
-
-    def take(self, key: str, kind: type[_T]) -> _T:
-        """The value of the key. Raises: PlanError where it is missing or of another kind."""
-        if key not in self._values:
-            raise PlanError(f"{self._prefix}{key}: missing")
-        value = self._values.pop(key)
-        if type(value) is not kind:
-            raise PlanError(f"{self._prefix}{key}: {value!r} is not {_KINDS[kind]}")
-        return value
-
-    def finish(self) -> None:
-        """Raises: PlanError that names the keys nobody took."""
-        if self._values:
-            raise PlanError(f"unknown key: {', '.join(self._prefix + key for key in self._values)}")
-
-
-_KINDS: Mapping[type, str] = {str: "a text", int: "a whole number", list: "a list", dict: "a table"}
 
 
 def _stages(values: Sequence[Any]) -> tuple[StageSpec, ...]:
@@ -242,8 +192,3 @@ def _check_stages(stages: Sequence[StageSpec]) -> None:
 
 def _pairs(stages: Sequence[StageSpec]) -> list[list[int]]:
     return [[stage.first, stage.end] for stage in stages]
-
-
-def _string(text: str) -> str:
-    """A TOML basic string: JSON's escapes are a part of TOML's, but for DEL, which JSON leaves bare."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -185,6 +185,13 @@ class WorkerSettings(Settings):
     idle_s: float = Field(300.0, gt=0)
 
 
+class ProfileSettings(WorkerSettings):
+    """Of measuring what a worker does."""
+
+    #: Beside its own words only what went wrong is worth a line.
+    log_level: LogLevel = "warning"
+
+
 class CoordinatorSettings(Settings):
     """A coordinator's."""
 

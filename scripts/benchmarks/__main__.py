@@ -32,6 +32,7 @@ CASES: Mapping[str, str] = {
     "hop": "benchmarks.hop",
     "codec": "benchmarks.codec",
     "scale": "benchmarks.scale",
+    "plan": "benchmarks.plan",
     "profile": "benchmarks.profile",
     "memory": "benchmarks.memory",
 }

@@ -143,10 +143,11 @@ def serving(fleet: Fleet, url: str, plan: Path, layout: Layout) -> Iterator[Side
         yield process
 
 
-def make_plan(folder: Path, stages: int, dtype: str) -> Path:
-    """The file of a plan of the demo model, by `mqinfer plan`."""
+def make_plan(folder: Path, stages: int, dtype: str, cuts: Sequence[int] = ()) -> Path:
+    """The file of a plan of the demo model, by `mqinfer plan`; where no `cuts` are given, in stages of equal cost."""
     path = folder / "pipeline.toml"
-    options = ["--stages", str(stages), "--dtype", dtype, "--name", folder.name.lower().strip("_-"), "-o", str(path)]
+    cut = ["--cut", ",".join(map(str, cuts))] if cuts else ["--stages", str(stages)]
+    options = [*cut, "--dtype", dtype, "--name", folder.name.lower().strip("_-"), "-o", str(path)]
     made = subprocess.run([MQINFER, "plan", str(FOLDER), *options], capture_output=True, text=True, check=False)
     if made.returncode:
         raise SideFailed(f"the plan could not be made: {made.stderr}")

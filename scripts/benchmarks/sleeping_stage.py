@@ -1,14 +1,16 @@
 """Stage workers that sleep where others compute: all of a worker is real but its engine.
 
 `python -m benchmarks.sleeping_stage --pipeline FILE --broker URL --stages 0,1,1 --step-s 0.02` is three
-workers, one process each, that end together. Hidden states are noise of the right size, tokens are the rows' positions;
-a row whose earlier positions a worker does not hold is missed, as by a real one. Other settings: MQINFER_*.
+workers, one process each, that end together. With `--curves` they are unlike, and sleep by a forward's rows. Hidden
+states are noise of the right size, tokens are the rows' positions; a row whose earlier positions a worker does not hold
+is missed, as by a real one. Other settings: MQINFER_*.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ import torch
 from local_fleet import end_with_parent
 from torch import Tensor
 
+from mqinfer.fleet_costs import Curve
 from mqinfer.messages import Miss, MissReason, Row, Sampled
 from mqinfer.observe import log_to_stderr
 from mqinfer.plan import Plan, read
@@ -37,19 +40,22 @@ from mqinfer.transports.base import Transport
 #: What one row's keys and values count as, and how many rows have room: more than ever come.
 ROW_BYTES, KV_ROWS = 2**20, 100_000
 
+#: Seconds of a forward over these microbatches.
+Pace = Callable[[Sequence[Work]], float]
+
 
 class SleepingEngine:
     """Has the interface of a StageEngine, for the one compute thread."""
 
-    def __init__(self, plan: Plan, stage: int, step_s: float) -> None:
-        """`step_s`: how long it sleeps for each microbatch of a forward."""
+    def __init__(self, plan: Plan, stage: int, forward_s: Pace) -> None:
+        """`forward_s`: how long it sleeps over a forward."""
         self.device = torch.device("cpu")
         self.first = stage == 0
         self.last = stage == len(plan.stages) - 1
         self.kv_budget_bytes = KV_ROWS * ROW_BYTES
         self._plan = plan
         self._stage = stage
-        self._step_s = step_s
+        self._forward_s = forward_s
         #: (owner, row) -> epoch, positions held.
         self._held: dict[tuple[str, int], tuple[int, int]] = {}
         self._noise = torch.empty(0)
@@ -84,7 +90,7 @@ class SleepingEngine:
 
     def run(self, works: Sequence[Work]) -> list[Done]:
         """See StageEngine."""
-        time.sleep(len(works) * self._step_s)
+        time.sleep(self._forward_s(works))
         return [self._done(work) for work in works]
 
     def _done(self, work: Work) -> Done:
@@ -123,14 +129,18 @@ class SleepingEngine:
         return self._noise[:tokens]
 
 
-def serve(plan: Plan, stage: int, step_s: float, settings: WorkerSettings) -> int:
+def _by_rows(curve: Curve, works: Sequence[Work]) -> float:
+    return curve.at(sum(len(work.rows) for work in works))
+
+
+def serve(plan: Plan, stage: int, forward_s: Pace, settings: WorkerSettings) -> int:
     """One worker, until SIGTERM. The exit code."""
 
     async def connect() -> Transport:
         return await open_transport(settings.broker, name=f"sleeping worker {stage}", heartbeat_s=settings.heartbeat_s)
 
     log_to_stderr(level=settings.log_level, as_json=settings.log_json)
-    engine: Any = SleepingEngine(plan, stage, step_s)
+    engine: Any = SleepingEngine(plan, stage, forward_s)
     compute = StageCompute(plan, stage, engine, codec=settings.codec, threads=settings.threads)
     finish(StageWorker(plan, stage, compute, settings, connect).run, stopped=0)
     return 0
@@ -176,11 +186,19 @@ def main() -> int:
     parser.add_argument("--pipeline", type=Path, required=True, help="the plan's file")
     parser.add_argument("--broker", required=True)
     parser.add_argument("--stages", required=True, help="of each worker: 0,1,1")
-    parser.add_argument("--step-s", type=float, required=True, help="sleep for each microbatch of a forward")
+    pace = parser.add_mutually_exclusive_group(required=True)
+    pace.add_argument("--step-s", type=float, help="sleep for each microbatch of a forward")
+    pace.add_argument("--curves", type=json.loads, help="of each worker: [[rows of a forward, seconds], …], as JSON")
     options = parser.parse_args()
     plan = read(options.pipeline)
     settings = load(WorkerSettings, broker=options.broker, threads=1)
-    works = [partial(serve, plan, int(stage), options.step_s, settings) for stage in options.stages.split(",")]
+    stages = [int(stage) for stage in options.stages.split(",")]
+    paces: list[Pace] = [lambda works: len(works) * options.step_s] * len(stages)
+    if options.curves:
+        paces = [
+            partial(_by_rows, Curve(tuple((rows, seconds) for rows, seconds in curve))) for curve in options.curves
+        ]
+    works = [partial(serve, plan, stage, pace, settings) for stage, pace in zip(stages, paces, strict=True)]
     return works[0]() if len(works) == 1 else serve_all(works)
 
 

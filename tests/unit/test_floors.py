@@ -33,7 +33,11 @@ class Room:
 #: Rooms of one floor are blind to each other.
 ROOMS = (
     Room("words", 0, "__init__ errors observe"),
-    Room("what travels", 1, "messages wire wire_fields wire_header queues permissions plan settings hours families"),
+    Room(
+        "what travels",
+        1,
+        "messages wire wire_fields wire_header queues permissions toml_table plan host_profile settings hours families",
+    ),
     Room("codec", 2, "tensor_codec"),
     Room(
         "transports",
@@ -45,21 +49,27 @@ ROOMS = (
     Room("compute", 2, "stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device"),
     Room("gpu guests", 2, "gpu_guests"),
     Room("text", 2, "tokenizer"),
-    Room("policy", 2, "batching codec_choice pacing verdicts partition placement rows scheduler forecast scaling"),
+    Room(
+        "policy",
+        2,
+        "batching codec_choice pacing verdicts partition placement rows scheduler forecast scaling fleet_costs "
+        "fleet_search fleet_cut fleet_plan gpus",
+    ),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link reports"),
     Room("survey", 3, "survey"),
-    Room("worker", 4, "stage_worker stage_inbox stage_outbox stage_compute stage_counts presence paused"),
+    Room("worker", 4, "stage_worker stage_inbox stage_outbox stage_compute stage_counts presence paused profiling"),
     Room("coordinator", 4, "coordinator coordinator_counts leases requests"),
     Room("producer", 4, "producer"),
     Room("autoscaler", 4, "autoscaler actuators"),
     Room("dead letters", 4, "dead_letters"),
+    Room("link profile", 4, "link_profile"),
     Room(
         "doors",
         5,
-        "__main__ cli cli_queues cli_scaling cli_workers launch flags running systemd metrics commands worker_command "
-        "joining pause_command operate top console advice_words pipeline_view embedded batch_files batch_output "
-        "batch_rows batch_job openai_bodies",
+        "__main__ cli cli_plan cli_queues cli_scaling cli_workers launch flags running systemd metrics commands "
+        "worker_command joining pause_command operate top console advice_words pipeline_view embedded batch_files "
+        "batch_output batch_rows batch_job openai_bodies fleet_file fleet_commands",
     ),
 )
 
@@ -80,9 +90,9 @@ HOMES = {
     "structlog": "observe",
     "tenacity": "link",
     "torch": "tensor_codec stage_model stage_weights pruning packed_linear attention padding kv_cache sampler device "
-    "stage_engine stage_compute",
+    "stage_engine stage_compute profiling",
     "transformers": "checkpoint stage_model stage_weights pruning attention padding tokenizer",
-    "typer": "cli cli_queues cli_scaling cli_workers launch flags",
+    "typer": "cli cli_plan cli_queues cli_scaling cli_workers launch flags",
     "uvloop": "running",
     "xxhash": "wire",
     "yarl": "transports.rabbitmq_connect",

@@ -1,0 +1,338 @@
+"""Cut a model for a fleet of unlike machines, and say which of them serve which stage: pure, standard library only.
+
+`plan_fleet` looks for the most tokens per second by the arithmetic of `fleet_costs.py`: for each number of busy workers
+(it decides how many rows a forward has) a search over the rate, each time asking `fleet_search.py` for groups of
+machines that carry all layers at that rate; then the layers are cut exactly for the groups found, and single workers
+are moved.
+Within 5% of all possibilities for small fleets (tests/unit/test_fleet_plan.py), a good choice for large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+from mqinfer import fleet_search
+from mqinfer.fleet_costs import Flight, Load, Machine, Model, flight, rows_held
+from mqinfer.fleet_cut import Cutter
+from mqinfer.fleet_search import Found, Group, Lattice, Line, Terms
+
+#: A plan must be better by so much to take the place of another.
+GAIN = 1.002
+#: How closely the rate is searched for groups; the cuts of those that are found are searched more closely.
+GROUPS_FINE = 1.005
+#: Between numbers of workers that are looked at in large fleets; of many kinds, each look takes longer.
+WORKERS_STEP, MANY_KINDS_STEP, MANY_KINDS = 1.25, 1.5, 16
+#: Moves of single workers that are tried.
+MOST_MOVES = 500
+
+Find = Callable[[float], Found]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """The workers of one kind of machine at one stage."""
+
+    machine: int
+    count: int
+    #: Rows that each has room for, and the bytes to give their keys and values.
+    rows: int
+    kv_bytes: int
+    #: Tokens per second of each where it never lacks work.
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """The layers [first, end) and who serves them."""
+
+    first: int
+    end: int
+    serving: tuple[Serving, ...]
+    #: What it could do if the other stages were quicker.
+    tokens_per_s: float
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        return sum(serving.count for serving in self.serving)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetPlan:
+    """Cuts and assignment."""
+
+    stages: tuple[StagePlan, ...]
+    #: How rows are spread.
+    flight: Flight
+    #: Machines that serve nothing, by kind.
+    idle: Group
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Predicted: of the slowest stage."""
+        return min(stage.tokens_per_s for stage in self.stages)
+
+    @property
+    def bound(self) -> int:
+        """The stage that the others wait for."""
+        return min(range(len(self.stages)), key=lambda stage: self.stages[stage].tokens_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """The fleet can't hold the model with its rows."""
+
+    #: With so many bytes more in one further machine, beside its working space, it could.
+    short_bytes: int
+
+
+def plan_fleet(model: Model, load: Load, machines: Sequence[Machine]) -> FleetPlan | Shortage:
+    """The best that was found, or what is lacking."""
+    largest = max(layer.weight_bytes for layer in model.layers)
+    mean = -(-model.weight_sums[-1] // len(model.layers))
+    found = _Planner(model, load, machines, mean).plan()
+    if isinstance(found, FleetPlan) or mean == largest:
+        return found
+    return _Planner(model, load, machines, largest).plan()  # groups that hold mean layers may not hold the real ones
+
+
+def one_more(model: Model, load: Load, machines: Sequence[Machine], plan: FleetPlan) -> list[float]:
+    """Tokens per second with one further machine, planned anew, by kind of machine."""
+    rates = []
+    for kind, machine in enumerate(machines):
+        larger = [*machines[:kind], replace(machine, count=machine.count + 1), *machines[kind + 1 :]]
+        found = plan_fleet(model, load, larger)
+        rates.append(max(plan.tokens_per_s, found.tokens_per_s if isinstance(found, FleetPlan) else 0.0))
+    return rates
+
+
+class _Planner:
+    """One search."""
+
+    def __init__(self, model: Model, load: Load, machines: Sequence[Machine], layer_bytes: int) -> None:
+        """`layer_bytes`: what every layer is taken to weigh while machines are grouped."""
+        self._model = model
+        self._load = load
+        self._machines = machines
+        self._alike = fleet_search.alike(model, layer_bytes)
+        self._counts = tuple(machine.count for machine in machines)
+        self._shares = fleet_search.shares(self._alike, load, machines)
+        self._lattice = Lattice(self._counts) if Lattice.fits(self._counts) else None
+        self._best: tuple[float, tuple[Group, ...], tuple[int, ...]] = (0.0, (), ())
+        self._cutter = Cutter(model, load, machines)
+
+    def plan(self) -> FleetPlan | Shortage:
+        short_bytes = self._short_bytes()
+        if short_bytes:
+            return Shortage(short_bytes)
+        for spread, find in self._lattice_searches(self._lattice) if self._lattice else self._line_searches():
+            self._climb(spread, find)
+        self._polish()
+        if not self._best[0]:
+            return Shortage(max(layer.weight_bytes for layer in self._model.layers))  # only mean layers fit
+        return self._plan_of(*self._best[1:])
+
+    # -- searching the rate ----------------------------------------------------------------------
+
+    def _lattice_searches(self, lattice: Lattice) -> Iterator[tuple[Flight, Find]]:
+        for workers in range(1, sum(self._counts) + 1):
+            for single in (True, False):
+                if (single and workers > len(self._model.layers)) or (workers == 1 and not single):
+                    continue
+                spread = flight(workers, workers if single else 1, self._load)
+                yield spread, partial(_in_lattice, lattice, self._terms(spread), workers, single)
+
+    def _line_searches(self) -> Iterator[tuple[Flight, Find]]:
+        total = sum(self._counts)
+        sizes = [total]
+        step = WORKERS_STEP if len(self._machines) <= MANY_KINDS else MANY_KINDS_STEP
+        while sizes[-1] > 1:
+            sizes.append(min(sizes[-1] - 1, int(sizes[-1] / step)))
+        for workers in sizes:
+            for single in (True, False):
+                if (single and workers > len(self._model.layers)) or (workers == 1 and not single):
+                    continue
+                spread = flight(workers, workers if single else 1, self._load)
+                terms = self._terms(spread)
+                busy = self._foremost(terms, workers)
+                self._offer((busy,))
+                for line in self._lines(busy, spread):
+                    yield spread, partial(_on_line, line, terms, single)
+                    if single:  # their order is all the same then
+                        break
+
+    def _foremost(self, terms: Terms, workers: int) -> Group:
+        """The machines that carry the most."""
+        inner = fleet_search.INNER
+        merits = [
+            max(
+                (
+                    at * rate * share
+                    for at, (rate, share) in enumerate(zip(by_rate[inner], by_share[inner], strict=True))
+                    if at
+                ),
+                default=0.0,
+            )
+            for by_rate, by_share in zip(terms.rates, terms.shares, strict=True)
+        ]
+        left, kept = workers, [0] * len(self._machines)
+        for kind in sorted(range(len(self._machines)), key=lambda kind: -merits[kind]):
+            kept[kind] = min(self._counts[kind], left)
+            left -= kept[kind]
+        return tuple(kept)
+
+    def _lines(self, busy: Group, spread: Flight) -> Iterator[Line]:
+        machines = [replace(machine, count=count) for machine, count in zip(self._machines, busy, strict=True)]
+        for kinds in fleet_search.orders(machines, self._load, spread.rows):
+            yield Line(kinds, len(self._machines))
+
+    def _terms(self, spread: Flight) -> Terms:
+        return Terms(fleet_search.rates(self._alike, self._load, self._machines, spread), self._shares)
+
+    def _climb(self, spread: Flight, find: Find) -> None:
+        """The highest rate at which all layers are carried, if it is above the best one so far."""
+        layers = len(self._model.layers)
+        high = sum(
+            machine.count * self._cutter.rate(kind, 0, 1, spread)
+            for kind, machine in enumerate(self._machines)
+            if machine.count
+        )
+        low = self._best[0] * GAIN or high * 1e-6
+        found = find(low)
+        if found.layers < layers:
+            return
+        while high > low * GROUPS_FINE:
+            middle = (low * high) ** 0.5
+            higher = find(middle)
+            if higher.layers < layers:
+                high = middle
+            else:
+                low, found = middle, higher
+        self._offer(found.groups)
+
+    def _offer(self, groups: tuple[Group, ...]) -> bool:
+        """Cut the layers for these groups, one after another; whether that is the best so far."""
+        found = self._cutter.cut(groups, self._best[0] * GAIN)
+        if found is not None:
+            self._best = (found[0], groups, found[1])
+        return found is not None
+
+    # -- the rest ----------------------------------------------------------------------------------
+
+    def _polish(self) -> None:
+        """Move single workers and whole stages as long as that helps."""
+        left, moved = MOST_MOVES, True
+        while moved and self._best[0]:
+            moved = False
+            for groups in _moves(self._best[1], self._counts):
+                left -= 1
+                if left < 0:
+                    return
+                if 0 < len(groups) <= len(self._model.layers) and self._offer(groups):
+                    moved = True
+                    break
+
+    def _short_bytes(self) -> int:
+        """What a further machine would have to take, whatever the others leave; 0: they leave nothing."""
+        layers = len(self._model.layers)
+        layer_bytes = self._alike.layers[0].weight_bytes
+        layer_bytes += self._load.context_tokens * self._load.concurrency * self._model.kv_layer_token_bytes
+        whole_bytes = self._model.fixed_bytes(0, layers) - self._model.weight_sums[-1] - self._model.working_bytes
+        ends_bytes = {
+            fleet_search.FIRST: self._model.head_bytes + self._model.head_working_bytes,
+            fleet_search.LAST: self._model.embedding_bytes,
+        }
+        searches = self._holders()
+        placed = max(self._held_whole(search) for search in searches)
+        lacking = [layers * layer_bytes + whole_bytes, *([(layers - placed) * layer_bytes] if placed else [])]
+        for place, own_bytes in ends_bytes.items():
+            if carried := max(search.without_ends(self._shares, place) for search in searches):
+                lacking.append(max(layers - carried, 1) * layer_bytes + own_bytes)
+        return 0 if placed >= layers else min(lacking)
+
+    def _holders(self) -> Sequence[Lattice | Line]:
+        if self._lattice:
+            return [self._lattice]
+        kinds = fleet_search.orders(self._machines, self._load, 1.0)
+        return [Line(order, len(self._machines)) for order in kinds]
+
+    def _held_whole(self, search: Lattice | Line) -> int:
+        """Layers that have room, head and embedding beside them."""
+        layers = len(self._model.layers)
+        if isinstance(search, Line):
+            shares = (share[fleet_search.WHOLE][-1] for share in self._shares)
+            whole = sum(count * max(share, 0) for count, share in zip(self._counts, shares, strict=True))
+            return layers if whole >= 1 - fleet_search.SLACK else search.best(self._shares, single=False).layers
+        most = 0
+        for workers in range(sum(self._counts), 0, -1):
+            for single in (False, True):
+                most = max(most, search.best(self._shares, workers=workers, single=single).layers)
+                if most >= layers:
+                    return most
+        return most
+
+    def _plan_of(self, groups: Sequence[Group], bounds: Sequence[int]) -> FleetPlan:
+        spread = flight(sum(map(sum, groups)), len(groups), self._load)
+        stages = [
+            StagePlan(
+                first=first,
+                end=end,
+                serving=tuple(
+                    self._serving(kind, count, first, end, spread) for kind, count in enumerate(group) if count
+                ),
+                tokens_per_s=self._cutter.stage_rate(group, first, end, spread),
+            )
+            for group, (first, end) in zip(groups, pairwise(bounds), strict=True)
+        ]
+        return FleetPlan(stages=tuple(stages), flight=spread, idle=_idle(groups, self._counts))
+
+    def _serving(self, kind: int, count: int, first: int, end: int, spread: Flight) -> Serving:
+        machine = self._machines[kind]
+        row_bytes = self._load.context_tokens * self._model.kv_layer_token_bytes * (end - first)
+        room_bytes = machine.memory_bytes - self._model.fixed_bytes(first, end)
+        return Serving(
+            machine=kind,
+            count=count,
+            rows=rows_held(self._model, self._load, machine, first, end),
+            kv_bytes=min(room_bytes, row_bytes * (self._load.concurrency + 1)),  # a row that grows is there twice
+            tokens_per_s=self._cutter.rate(kind, first, end, spread),
+        )
+
+
+def _in_lattice(lattice: Lattice, terms: Terms, workers: int, single: bool, rate: float) -> Found:
+    return lattice.best(terms.parts(rate), workers=workers, single=single)
+
+
+def _on_line(line: Line, terms: Terms, single: bool, rate: float) -> Found:
+    parts = terms.parts(rate)
+    return line.best(parts, single=single) if line.may_carry(parts) else Found(0, ())
+
+
+def _idle(groups: Sequence[Group], counts: Group) -> Group:
+    return tuple(count - sum(group[kind] for group in groups) for kind, count in enumerate(counts))
+
+
+def _moves(groups: tuple[Group, ...], counts: Group) -> Iterator[tuple[Group, ...]]:
+    """Neighbours: a worker goes to another stage, comes from the idle or joins them; stages change places or merge."""
+    places = [*groups, _idle(groups, counts)]
+    for source, target in ((a, b) for a in range(len(places)) for b in range(len(places)) if a != b):
+        for kind, count in enumerate(places[source]):
+            if count:
+                moved = list(places)
+                moved[source] = _with(moved[source], kind, -1)
+                moved[target] = _with(moved[target], kind, 1)
+                yield tuple(group for group in moved[:-1] if any(group))
+    for one in range(len(groups)):
+        for other in range(one + 1, len(groups)):
+            swapped = list(groups)
+            swapped[one], swapped[other] = groups[other], groups[one]
+            yield tuple(swapped)
+            merged = tuple(a + b for a, b in zip(groups[one], groups[other], strict=True))
+            yield (*groups[:one], merged, *groups[one + 1 : other], *groups[other + 1 :])
+
+
+def _with(group: Group, kind: int, change: int) -> Group:
+    return (*group[:kind], group[kind] + change, *group[kind + 1 :])
