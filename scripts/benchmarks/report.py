@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 from collections.abc import Sequence
 from datetime import date
 from importlib import metadata
@@ -15,21 +16,39 @@ from typing import Any
 
 from benchmarks.measure import Goal, Limit, Outcome
 
+#: What decides how fast a CPU multiplies matrices, in float32 and in bfloat16.
+_VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 _VERSIONS = ("mqinfer", "torch", "transformers", "aio-pika", "uvloop", "zstandard")
 
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
-    model = re.search(r"model name\s*:\s*(.+)", _read("/proc/cpuinfo"))
+    processor = _read("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", processor)
+    flags = re.search(r"(?:flags|Features)\s*:\s*(.+)", processor)
     memory = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
     return {
         "date": date.today().isoformat(),
+        "commit": _commit(),
         "processor": model[1] if model else platform.processor(),
+        "vectors": " ".join(name for name in _VECTORS if flags and name in flags[1].split()) or "?",
         "cores": str(len(os.sched_getaffinity(0))),
         "memory_gib": f"{int(memory[1]) / 2**20:.0f}" if memory else "?",
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in _VERSIONS},
     }
+
+
+def _commit() -> str:
+    """What was measured; with a + where the working tree has more than that, beside the tables themselves."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", ":!/docs/performance.md")
+    return (commit or "?") + "+" * bool(changed)
+
+
+def _git(*arguments: str) -> str:
+    git = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def _read(path: str) -> str:
