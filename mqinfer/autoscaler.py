@@ -28,6 +28,7 @@ from mqinfer.transports.base import Transport
 RETRY_FIRST_S, RETRY_MOST_S = 15.0, 900.0
 #: What the consumers are called that an autoscaler starts: STAGE-auto1, STAGE-auto2 and so on.
 OWN = "auto"
+NOBODY_TO_STOP = "only one consumer there takes new work, or none says a name that it could be stopped by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class Autoscaler:
         hosts = self._actuator.hosts
         consumer = to_start(found, stage, hosts, self._lost) if up else to_stop(found, stage, hosts)
         if consumer is None:
-            self._failed(stage, advice.change, None, "no consumer there says the name it could be stopped by", at_s)
+            self._failed(stage, advice.change, None, NOBODY_TO_STOP, at_s)
             return
         began_s = now_s()
         try:
@@ -151,7 +152,8 @@ class Autoscaler:
                 self._hysteresis.changed(stage, at_s)
                 continue
             else:
-                self._lost.add(awaited.consumer.instance)
+                if awaited.change is Change.UP:
+                    self._lost.add(awaited.consumer.instance)
                 self._failed(
                     stage, awaited.change, awaited.consumer, f"nothing has come of it in {waited_s:.0f} s", at_s
                 )
@@ -182,7 +184,13 @@ def to_start(found: Survey, stage: int, hosts: Sequence[str], lost: set[str]) ->
 
 
 def to_stop(found: Survey, stage: int, hosts: Sequence[str]) -> Consumer | None:
-    """The consumer to stop: one that an autoscaler started, the newest; else one that says a name; else None."""
+    """The consumer to stop: one that an autoscaler started, the newest; else one that says a name; else None.
+
+    None, too, where only one takes new work: the others leave already, though they still answer.
+    """
+    queue = found.stages[stage]
+    if queue is not None and queue.consumers < 2:
+        return None
     there = [
         Consumer(stage=stage, n=named[1] or "", host=report.host)
         for report in found.workers(stage)

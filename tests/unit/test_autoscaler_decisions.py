@@ -10,13 +10,13 @@ from fakes import make_plan
 
 from mqinfer import observe
 from mqinfer.actuators import ActionFailed, Actuator, Consumer
-from mqinfer.autoscaler import Autoscaler, stage_limits, to_start, to_stop
+from mqinfer.autoscaler import NOBODY_TO_STOP, Autoscaler, stage_limits, to_start, to_stop
 from mqinfer.batching import busy_target
 from mqinfer.errors import SettingsError
 from mqinfer.messages import Report
 from mqinfer.settings import AutoscalerSettings, load
 from mqinfer.survey import Survey
-from mqinfer.transports.base import Transport
+from mqinfer.transports.base import QueueState, Transport
 
 
 def worker(stage: int, instance: str, host: str) -> Report:
@@ -197,7 +197,7 @@ async def test_what_nobody_can_stop_by_name_is_told(told: list[Any]) -> None:
     for at_s in range(0, 30, 5):
         await scaling.look(fleet(at_s, first=["", "", ""]), at_s)
     assert acting.done == []
-    assert "no consumer there says the name" in next(fields for event, fields in told if "failed" in event)["error"]
+    assert NOBODY_TO_STOP in [fields["error"] for event, fields in told if event == observe.SCALE_FAILED]
 
 
 async def test_while_the_broker_is_blocked_nobody_is_taken_for_gone() -> None:
@@ -221,6 +221,14 @@ def test_the_newest_of_an_autoscaler_s_own_goes_first_and_nobody_on_another_host
     assert to_stop(seen(*workers), 0, ["a"]) == Consumer(stage=0, n="auto2", host="a")
     assert to_stop(seen(*workers[2:]), 0, ["a"]) == Consumer(stage=0, n="", host="a")
     assert to_stop(seen(*workers[3:]), 0, []) is None
+
+
+def test_where_all_but_one_are_leaving_already_nobody_is_stopped() -> None:
+    workers = {report.id: report for report in (worker(0, "0-auto1", "a"), worker(0, "0-a", "a"))}
+    assert to_stop(Survey(None, None, (QueueState(0, 1), None), workers), 0, []) is None
+    assert to_stop(Survey(None, None, (QueueState(0, 2), None), workers), 0, []) == Consumer(
+        stage=0, n="auto1", host="a"
+    )
 
 
 @pytest.mark.parametrize(
