@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_never, wait_random_exponential
 
 from mqinfer.errors import Refused, TransportError, Unroutable
 from mqinfer.observe import BODY_REFUSED, LINK_LOST, LINK_OPENED, emit
 from mqinfer.queues import QueueSpec
-from mqinfer.transports.base import Delivery, Transport
+from mqinfer.transports.base import Delivery, Transport, cancelling
 
-T = TypeVar("T")
 Connect = Callable[[], Awaitable[Transport]]
 
 #: The longest pause after one failure in a row; it doubles with each, up to the most.
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 10.0
+#: How long a link that is no longer wanted may take to be given up.
+ABANDON_S = 5.0
 
 
 def now_s() -> float:
@@ -39,13 +40,15 @@ async def keep_linked(
     Raises: Refused if the first link can't be opened, or the broker refuses what a session declares: a wrong
     address, password or queue does not mend itself.
     """
-    transport = await _unless(stop, connect())
+    before = cancelling()
+    transport = await _linked(stop, connect())
     short = 0
     while transport is not None:
         emit(LINK_OPENED, actor=actor)
         began_s = now_s()
         try:
-            await session(transport)
+            # In a task of its own: Python 3.11's TaskGroup leaves its task counted as cancelled when it has failed.
+            await asyncio.create_task(_run(session, transport))
             return
         except* Refused:
             raise
@@ -53,8 +56,14 @@ async def keep_linked(
             emit(LINK_LOST, actor=actor, error=str(first(group)))
         finally:
             await transport.close()
+        if cancelling() > before:  # a cancellation that met the loss came out of the session as the loss alone
+            raise asyncio.CancelledError
         short = 0 if now_s() - began_s > BACKOFF_MOST_S else short + 1
-        transport = await _unless(stop, reopen(connect, short))
+        transport = await _linked(stop, reopen(connect, short))
+
+
+async def _run(session: Callable[[Transport], Awaitable[None]], transport: Transport) -> None:
+    await session(transport)
 
 
 async def reopen(connect: Connect, short: int = 0) -> Transport:
@@ -76,16 +85,29 @@ def backoff() -> wait_random_exponential:
     return wait_random_exponential(multiplier=BACKOFF_FIRST_S, max=BACKOFF_MOST_S)
 
 
-async def _unless(stop: asyncio.Event, work: Awaitable[T]) -> T | None:
-    """What `work` returns, or None if `stop` is set before; it is cancelled then."""
-    task = asyncio.ensure_future(work)
+async def _linked(stop: asyncio.Event, connecting: Awaitable[Transport]) -> Transport | None:
+    """The link, or None if `stop` is set before. No link stays open that nobody gets."""
+    task = asyncio.ensure_future(connecting)
     stopped = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
+    except asyncio.CancelledError:
+        await _abandon(task)
+        raise
     finally:
         stopped.cancel()
-        task.cancel()
+    if task.done():
+        return await task
+    await _abandon(task)
+    return None
+
+
+async def _abandon(task: asyncio.Future[Transport]) -> None:
+    """End it; what opens all the same, because it is late or a client swallows the cancellation, is closed."""
+    task.cancel()
+    await asyncio.wait({task}, timeout=ABANDON_S)
+    if task.done() and not task.cancelled() and task.exception() is None:
+        await task.result().close()
 
 
 def first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -17,6 +17,7 @@ A `Transport` is one actor's link to a broker and lives in one event loop.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,3 +117,9 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Ends the link; unsettled deliveries go back to their queues. Never raises."""
+
+
+def cancelling() -> int:
+    """How often somebody has asked for the cancellation of the task that runs; what else cancels it is no request."""
+    task = asyncio.current_task()
+    return task.cancelling() if task else 0

@@ -19,6 +19,7 @@ from aiormq.connection import TCPTransportFactory, TLSTransportFactory, Transpor
 from yarl import URL
 
 from mqinfer.errors import Refused, SettingsError
+from mqinfer.transports.base import cancelling
 
 #: A connection on which nothing was heard for so many times (heartbeat + 1) s is lost; aiormq looks once in half a
 #: heartbeat, and three, its own number, would break the promise of docs/operations.md by that. The broker sends two
@@ -71,12 +72,6 @@ async def connect(url: URL, *, name: str, heartbeat_s: float, timeout_s: float) 
             raise Refused(why(error, url, timeout_s)) from error
         raise
     return connection
-
-
-def cancelling() -> int:
-    """How often somebody has asked for the cancellation of the task that runs; what else cancels it is no request."""
-    task = asyncio.current_task()
-    return task.cancelling() if task else 0
 
 
 def parse(url: str) -> URL:

@@ -18,8 +18,9 @@ from aiormq.abc import AbstractConnection as RawConnection
 from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource
 
 from mqinfer.errors import Disconnected, Forbidden, Refused, Unroutable
+from mqinfer.transports.base import cancelling
 from mqinfer.transports.rabbitmq_alarm import Gate, listen
-from mqinfer.transports.rabbitmq_connect import AbortableConnection, cancelling
+from mqinfer.transports.rabbitmq_connect import AbortableConnection
 
 #: A broker that hears us answers within milliseconds; one that does not must not hold up our going.
 CLOSE_TIMEOUT_S = 5.0

@@ -113,4 +113,5 @@ async def test_who_is_where_the_others_wait_or_can_go_only_where_they_do_not_sta
     looking = asyncio.ensure_future(until_better(lambda: open_transport(transport_url), plan, mine, COSTS, possible))
     done, _ = await asyncio.wait({looking}, timeout=5)
     looking.cancel()
+    await asyncio.wait({looking})
     assert not done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from tenacity import AsyncRetrying, RetryCallState
@@ -228,3 +229,70 @@ async def test_it_is_in_the_dead_letters_before_it_is_gone_here() -> None:
     with pytest.raises(Disconnected):
         await bury(transport, dead, delivery, "not ours")
     assert delivery in transport.unsettled  # type: ignore[comparison-overlap]
+
+
+async def test_a_link_that_opens_although_nobody_waits_for_it_any_more_is_closed() -> None:
+    links = Links()
+    connecting, given_up = asyncio.Event(), asyncio.Event()
+
+    async def connect() -> Transport:
+        connecting.set()
+        with suppress(asyncio.CancelledError):  # as a client may swallow it
+            await asyncio.Event().wait()
+        given_up.set()
+        return await links.open()
+
+    stop = asyncio.Event()
+    keeping = asyncio.create_task(keep_linked("test", connect, never, stop))
+    await connecting.wait()
+    stop.set()
+    async with asyncio.timeout(PATIENCE_S):
+        await keeping
+    assert given_up.is_set()
+    assert await is_closed(links.opened[0])
+
+
+async def test_a_link_that_opened_just_when_its_actor_was_cancelled_is_closed() -> None:
+    links = Links()
+    opens = asyncio.Event()
+
+    async def connect() -> Transport:
+        await opens.wait()
+        return await links.open()
+
+    keeping = asyncio.create_task(keep_linked("test", connect, never, asyncio.Event()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    opens.set()
+    while not links.opened:
+        await asyncio.sleep(0)
+    keeping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await keeping
+    assert await is_closed(links.opened[0])
+
+
+async def test_an_actor_that_is_cancelled_while_its_link_is_lost_does_not_go_on() -> None:
+    links = Links()
+    begun = asyncio.Event()
+
+    async def session(transport: Transport) -> None:
+        begun.set()
+        try:
+            await transport.closed()
+        except asyncio.CancelledError:
+            raise Disconnected("lost while it was cancelled") from None
+
+    keeping = asyncio.create_task(keep_linked("test", links.open, session, asyncio.Event()))
+    await begun.wait()
+    keeping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(PATIENCE_S):
+            await keeping
+    assert keeping.cancelled()
+    assert len(links.opened) == 1
+
+
+async def never(_: Transport) -> None:
+    """No session comes about."""
+    pytest.fail("there was no link to have it over")
