@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from statistics import fmean
 
 from mqinfer import survey
@@ -90,14 +90,16 @@ async def until_better(
             transport = await connect()
         except TransportError:
             continue
-        with contextlib.suppress(TransportError):
-            await take_turn(transport, plan)
-            seen = await survey.take(transport, plan)
-            better = better_stage(served(seen, costs), mine, possible) if seen.in_flight() else None
-            wanted = [] if better is None else [*wanted[-LOOKS:], better]
-            if wanted[-LOOKS:] == [better] * LOOKS:
-                return transport
-        await transport.close()
+        async with AsyncExitStack() as unless_better:
+            unless_better.push_async_callback(transport.close)
+            with contextlib.suppress(TransportError):
+                await take_turn(transport, plan)
+                seen = await survey.take(transport, plan)
+                better = better_stage(served(seen, costs), mine, possible) if seen.in_flight() else None
+                wanted = [] if better is None else [*wanted[-LOOKS:], better]
+                if wanted[-LOOKS:] == [better] * LOOKS:
+                    unless_better.pop_all()
+                    return transport
 
 
 def served(seen: Survey, costs: Sequence[float]) -> list[Served]:

@@ -115,3 +115,21 @@ async def test_who_is_where_the_others_wait_or_can_go_only_where_they_do_not_sta
     looking.cancel()
     await asyncio.wait({looking})
     assert not done
+
+
+async def test_a_worker_that_is_stopped_while_it_looks_gives_its_turn_back(
+    transport_url: str, plan: Plan, link: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = asyncio.Event()
+
+    async def look_for_ever(*_: object) -> None:
+        looks.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(joining, "LOOK_S", 0.05)
+    monkeypatch.setattr(survey, "take", look_for_ever)
+    looking = asyncio.create_task(until_better(lambda: open_transport(transport_url), plan, 0, COSTS, range(3)))
+    await asyncio.wait_for(looks.wait(), PATIENCE_S)
+    looking.cancel()
+    await asyncio.wait({looking})
+    await asyncio.wait_for(take_turn(link, plan), PATIENCE_S)
