@@ -152,7 +152,8 @@ Instance = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 …, or MQINFER_DEVICE. Default: cpu.")
+    str | None,
+    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 … as nvidia-smi counts, or MQINFER_DEVICE. Default: cpu."),
 ]
 KvBytes = Annotated[
     str | None,

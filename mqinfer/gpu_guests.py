@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mqinfer.errors import SettingsError
 
@@ -29,7 +30,7 @@ def guests_on(
         raise SettingsError(f"--yield-gpu is for NVIDIA GPUs, and the device is {device}")
     try:
         pynvml.nvmlInit()
-        gpu = _handle(pynvml, int(index or "0"), environment.get("CUDA_VISIBLE_DEVICES", ""))
+        gpu = _handle(pynvml, int(index or "0"), environment)
     except pynvml.NVMLError as error:
         raise SettingsError(f"--yield-gpu: NVIDIA's driver does not tell who uses {device}: {error}") from error
 
@@ -43,16 +44,20 @@ def guests_on(
     return guests
 
 
-def _handle(nvml: object, index: int, visible: str) -> object:
-    """NVML counts all GPUs in the order of the bus, torch those that it may see."""
-    if not visible:
-        return nvml.nvmlDeviceGetHandleByIndex(index)  # type: ignore[attr-defined]
-    names = [name.strip() for name in visible.split(",")]
-    if index >= len(names):
-        raise SettingsError(f"CUDA_VISIBLE_DEVICES has no GPU {index}")
-    if names[index].isdecimal():
-        return nvml.nvmlDeviceGetHandleByIndex(int(names[index]))  # type: ignore[attr-defined]
-    return nvml.nvmlDeviceGetHandleByUUID(names[index])  # type: ignore[attr-defined]
+def _handle(nvml: Any, index: int, environment: Mapping[str, str]) -> object:
+    """NVML counts all GPUs in the order of the bus; torch those that it may see, in that order if it is told to."""
+    name = str(index)
+    if visible := environment.get("CUDA_VISIBLE_DEVICES", ""):
+        names = [name.strip() for name in visible.split(",")]
+        if index >= len(names):
+            raise SettingsError(f"CUDA_VISIBLE_DEVICES has no GPU {index}")
+        name = names[index]
+    if not name.isdecimal():
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    order = environment.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if order != "PCI_BUS_ID" and nvml.nvmlDeviceGetCount() > 1:
+        raise SettingsError(f"--yield-gpu can't tell which GPU is {name} where CUDA_DEVICE_ORDER is {order}")
+    return nvml.nvmlDeviceGetHandleByIndex(int(name))
 
 
 def _is_worker(process: Path) -> bool:

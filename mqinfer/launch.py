@@ -5,6 +5,7 @@ What is imported here before a command runs is there for `--help` too: keep it l
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -35,7 +36,9 @@ def load_settings(kind: type[S], config: Path | None, **given: Any) -> S:
 
 def run(command: Command[int], *, with_torch: bool = False, stopped: int = INTERRUPTED) -> NoReturn:
     """Run to the end and exit with what the command returns, or with `stopped` if it ended before it had begun."""
-    if not with_torch:
+    if with_torch:
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # cuda:1 is GPU 1 of nvidia-smi, and of --yield-gpu
+    else:
         hide_torch()
     raise typer.Exit(finish(command, stopped=stopped))
 

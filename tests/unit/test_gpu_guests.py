@@ -32,6 +32,7 @@ def computing(monkeypatch: pytest.MonkeyPatch) -> dict[object, list[int]]:
     driver = SimpleNamespace(
         NVMLError=NVMLError,
         nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
         nvmlDeviceGetHandleByIndex=handle,
         nvmlDeviceGetHandleByUUID=handle,
         nvmlDeviceGetComputeRunningProcesses=lambda gpu: [SimpleNamespace(pid=pid) for pid in pids[gpu]],
@@ -61,6 +62,13 @@ def test_strangers_count_and_workers_do_not(computing: dict[object, list[int]], 
     assert guests()
     computing[0] = [ME]
     assert not guests()
+
+
+@pytest.mark.usefixtures("computing")
+def test_in_another_order_than_the_bus_s_a_number_names_no_gpu() -> None:
+    with pytest.raises(SettingsError, match="FASTEST_FIRST"):
+        guests_on("cuda:1", {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
+    guests_on("cuda:0", {"CUDA_DEVICE_ORDER": "FASTEST_FIRST", "CUDA_VISIBLE_DEVICES": "GPU-abc"})
 
 
 @pytest.mark.parametrize(
