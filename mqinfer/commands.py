@@ -17,6 +17,7 @@ from mqinfer.batch_job import BatchJob, collect, enqueue_all
 from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
 from mqinfer.coordinator import Coordinator
+from mqinfer.coordinator_counts import Trace, untraced
 from mqinfer.errors import SettingsError
 from mqinfer.fleet_commands import measured_costs
 from mqinfer.link import Connect
@@ -25,7 +26,14 @@ from mqinfer.plan import Plan
 from mqinfer.queues import new_id
 from mqinfer.reports import actor_facts
 from mqinfer.running import INTERRUPTED, unless_stopped
-from mqinfer.settings import AutoscalerSettings, BatchSettings, CoordinatorSettings, Settings, WorkerSettings
+from mqinfer.settings import (
+    AutoscalerSettings,
+    BatchSettings,
+    CoordinatorSettings,
+    Settings,
+    WorkerSettings,
+    otlp_variable,
+)
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Transport
@@ -263,8 +271,8 @@ async def coordinator(settings: CoordinatorSettings, model: str | None, *, stop:
     """Coordinate. The exit code."""
     plan = read_plan(settings)
     tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
-    coordinating = Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator"))
-    with measured(settings, plan) as attach:
+    with measured(settings, plan) as attach, traced("coordinator", plan) as trace:
+        coordinating = Coordinator(plan, tokenizer, settings, connecting(settings, "coordinator"), trace)
         attach(lambda: coordinating.values(), actor_facts(plan))
         async with systemd.kept_informed(systemd.loop_turns, stop):
             await coordinating.run(stop)
@@ -284,6 +292,21 @@ def measured(settings: Settings, plan: Plan, stage: int | None = None) -> Iterat
     made = metrics.CoordinatorMetrics(plan.name) if stage is None else metrics.WorkerMetrics(plan.name, stage)
     with metrics.served(made, settings.metrics_address, settings.metrics_port):
         yield made.attach
+
+
+@contextlib.contextmanager
+def traced(role: str, plan: Plan) -> Iterator[Trace]:
+    """Spans are sent while the body runs, where OpenTelemetry's own variables say where to."""
+    variable = otlp_variable()
+    if not variable:
+        yield untraced
+        return
+    try:
+        from mqinfer import tracing
+    except ImportError as error:
+        raise SettingsError(f"{variable} is set, and traces need mqinfer[otel] ({error})") from error
+    with tracing.exported(role, plan.name) as traces:
+        yield traces.trace
 
 
 async def autoscale(settings: AutoscalerSettings, *, stop: asyncio.Event) -> int:

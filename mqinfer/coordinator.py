@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from mqinfer.coordinator_counts import CoordinatorCounts, load_of
+from mqinfer.coordinator_counts import CoordinatorCounts, Trace, load_of, untraced
 from mqinfer.errors import SettingsError, Unroutable
 from mqinfer.leases import Intake, Lease, LeaseQueue
 from mqinfer.link import Connect, bury, keep_linked, now_s, publish_declared
@@ -21,10 +21,12 @@ from mqinfer.messages import Ask, Probe, Request, Result, StepDone, StepTaken
 from mqinfer.observe import (
     ACTOR_READY,
     COORDINATOR_DRAINED,
+    REQUEST_LEASED,
     REQUEST_REFUSED,
     REQUESTS_SEEN,
     RESULT_UNCLAIMED,
     STAGE_SEEN,
+    STEP_RETURNED,
     WORKER_GONE,
     emit,
 )
@@ -57,11 +59,14 @@ class Held:
 class Coordinator:
     """One coordinator process; any number of them share the `requests` queue."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer, settings: CoordinatorSettings, connect: Connect) -> None:
+    def __init__(
+        self, plan: Plan, tokenizer: Tokenizer, settings: CoordinatorSettings, connect: Connect, trace: Trace = untraced
+    ) -> None:
         self._plan = plan
         self._tokenizer = tokenizer
         self._settings = settings
         self._connect = connect
+        self._trace = trace
         #: What it would report just now; nothing while it has no link. May be asked from any thread.
         self.values: Callable[[], Mapping[str, float]] = dict
 
@@ -69,7 +74,7 @@ class Coordinator:
         """Work until `stop` is set, then give back what is not finished. Raises: Refused at the first link."""
 
         async def session(transport: Transport) -> None:
-            begun = CoordinatorSession(self._plan, self._tokenizer, self._settings, transport)
+            begun = CoordinatorSession(self._plan, self._tokenizer, self._settings, transport, self._trace)
             self.values = begun.values
             try:
                 await begun.run(stop)
@@ -82,11 +87,14 @@ class Coordinator:
 class CoordinatorSession:
     """What a coordinator is as long as its link holds."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer, settings: CoordinatorSettings, transport: Transport) -> None:
+    def __init__(
+        self, plan: Plan, tokenizer: Tokenizer, settings: CoordinatorSettings, transport: Transport, trace: Trace
+    ) -> None:
         self._plan = plan
         self._tokenizer = tokenizer
         self._settings = settings
         self._transport = transport
+        self._trace = trace
         self._topology = Topology(plan.name)
         self.id = new_id("c")
         self._queue = self._topology.coordinator(self.id)
@@ -161,6 +169,7 @@ class CoordinatorSession:
                     self._scheduler.taken(message, self._clock_s())
                 case StepDone():
                     await delivery.ack()
+                    emit(STEP_RETURNED, microbatch=message.microbatch, number=message.number)
                     self._perform(self._scheduler.done(message, self._clock_s()))
                 case Ask():
                     await delivery.ack()
@@ -191,6 +200,7 @@ class CoordinatorSession:
             return
         self._ids.add(request.id)
         row, ended = self._scheduler.add(request)
+        emit(REQUEST_LEASED, request=request.id, row=row.number)
         self._held[row.number] = Held(row, lease, len(request.output))
         self._perform([*ended, *self._scheduler.form(self._clock_s())])
 
@@ -231,7 +241,7 @@ class CoordinatorSession:
                     self._counts.replayed(decision)
 
     async def _send(self, send: Send) -> None:
-        body = encode(send.step)
+        body = encode(self._trace(send.step))
         if send.queue is None:
             await publish_declared(self._transport, self._topology.stage(0), body, ttl_s=send.step.ttl_s)
             return

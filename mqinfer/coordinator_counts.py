@@ -1,17 +1,26 @@
-"""What a coordinator did, counted for reports and told as events; and what bounds it. No queues here."""
+"""What a coordinator did, counted for reports and told as events or traces; and what bounds it. No queues here."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 
-from mqinfer.messages import FinishReason, Result
+from mqinfer.messages import FinishReason, Result, Step
 from mqinfer.observe import REQUEST_ENDED, ROW_REPLAYED, emit
 from mqinfer.rows import Replayed
 from mqinfer.scheduler import Scheduler
 from mqinfer.settings import CoordinatorSettings
 
+#: A trip begins with this step: the same with its `traceparent`, to be sent.
+Trace = Callable[[Step], Step]
+
 NAMES = ("results", "failures", "prompt_tokens", "output_tokens", "replays", "replayed_tokens", "dead_letters")
+
+
+def untraced(step: Step) -> Step:
+    """The Trace of who traces nothing."""
+    return step
 
 
 class CoordinatorCounts:

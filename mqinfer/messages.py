@@ -156,6 +156,8 @@ class Step:
     #: The latest forward of the slowest of the stages passed: how long it took, over how many positions.
     slowest_s: float = 0.0
     slowest_tokens: int = 0
+    #: The trip's span, as W3C Trace Context writes it; "" where it is not traced.
+    traceparent: str = ""
     #: Stage 0 only: the new tokens of all rows, row after row.
     tokens: tuple[int, ...] = ()
     #: Later stages: [sum of counts, hidden_size], rows in order.

@@ -26,7 +26,8 @@ STAGE_CHOSEN = "stage.chosen"  #: stage, workers (of each stage, before)
 WORKER_PAUSED = "worker.paused"  #: stage, reason; its device is free for others
 WORKER_RESUMED = "worker.resumed"  #: stage
 #: stage, microbatches, rows, tokens, seconds; waits_s (of each step, in this worker's hands); in_bytes, out_bytes (of
-#: bodies); hidden_bytes, packed_bytes (of the hidden states in them, before and after the codec) (debug)
+#: bodies); hidden_bytes, packed_bytes (of the hidden states in them, before and after the codec); traceparents (of each
+#: step) (debug)
 STEP_COMPUTED = "step.computed"
 ROW_MISSED = "row.missed"  #: row, epoch, stage, reason, detail
 COMPUTE_FAILED = "compute.failed"  #: stage, error
@@ -34,6 +35,8 @@ BODY_REFUSED = "body.refused"  #: queue, reason, bytes
 
 # Coordinators
 ROW_REPLAYED = "row.replayed"  #: request, reason, detail, lost_tokens
+REQUEST_LEASED = "request.leased"  #: request, row (its number) (debug)
+STEP_RETURNED = "step.returned"  #: microbatch, number (debug)
 REQUEST_ENDED = "request.ended"  #: request, finish_reason, prompt_tokens, output_tokens
 REQUEST_REFUSED = "request.refused"  #: request, error
 RESULT_UNCLAIMED = "result.unclaimed"  #: request, job
@@ -54,8 +57,11 @@ SCALE_FAILED = "scale.failed"  #: change, stage, error, retry_s
 ACTOR_READY = "actor.ready"  #: actor (its queue); it takes work
 ACTOR_STALLED = "actor.stalled"  #: seconds; compute, or whatever shows that it lives, does not answer
 ACTOR_FAILED = "actor.failed"  #: actor, error
+TRACING_FAILED = "tracing.failed"  #: error; spans are lost or late
 
-_DEBUG = frozenset({STEP_COMPUTED, CHECKPOINT_KEPT, REQUEST_ENDED, STAGE_SEEN, REQUESTS_SEEN})
+_DEBUG = frozenset(
+    {STEP_COMPUTED, CHECKPOINT_KEPT, REQUEST_LEASED, STEP_RETURNED, REQUEST_ENDED, STAGE_SEEN, REQUESTS_SEEN}
+)
 _WARNING = frozenset(
     {
         LINK_LOST,
@@ -67,6 +73,7 @@ _WARNING = frozenset(
         WORKER_GONE,
         REQUEST_REFUSED,
         SCALE_FAILED,
+        TRACING_FAILED,
     }
 )
 _ERROR = frozenset({COMPUTE_FAILED, ACTOR_STALLED, ACTOR_FAILED})

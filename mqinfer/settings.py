@@ -156,6 +156,18 @@ def _credential() -> dict[str, Any]:
     return {"broker": f"@{folder}/broker"} if folder and Path(folder, "broker").exists() else {}
 
 
+def otlp_variable() -> str:
+    """That of OpenTelemetry's own variables which says where spans go; "": none, and they go nowhere.
+
+    Raises: SettingsError where it is no address; the library would say so for every batch of spans.
+    """
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    name = next((name for name in names if os.environ.get(name)), "")
+    if name and not re.match(r"https?://[^/\s]", os.environ[name]):
+        raise SettingsError(f"{name}: write an address such as http://collector:4318")
+    return name
+
+
 class WorkerSettings(Settings):
     """A stage worker's."""
 

@@ -47,7 +47,15 @@ class StageCounts:
         self.values.update({"forwards": 1, "steps": len(taken), "busy_s": seconds, "wait_s": sum(waits_s), **counts})
         # From these two and the sums above follows what of a forward's time grows with its positions (forecast.fit).
         self.values.update({"tokens_squared": counts["tokens"] ** 2, "token_busy_s": counts["tokens"] * seconds})
-        emit(STEP_COMPUTED, stage=self._stage, microbatches=len(taken), seconds=seconds, waits_s=waits_s, **counts)
+        emit(
+            STEP_COMPUTED,
+            stage=self._stage,
+            microbatches=len(taken),
+            seconds=seconds,
+            waits_s=waits_s,
+            traceparents=[item.step.traceparent for item in taken],
+            **counts,
+        )
 
     def missed(self, misses: Sequence[Miss]) -> None:
         """These rows were given up here."""

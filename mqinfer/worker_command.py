@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mqinfer import checkpoint, systemd
-from mqinfer.commands import check_room, connecting, linked, measured, read_plan
+from mqinfer.commands import check_room, connecting, linked, measured, read_plan, traced
 from mqinfer.errors import SettingsError
 from mqinfer.gpu_guests import guests_on
 from mqinfer.hours import Hours
@@ -106,7 +106,7 @@ def _leave(reason: str, stop: asyncio.Event) -> None:
 
 async def _run(plan: Plan, serving: StageWorker, settings: WorkerSettings, stop: asyncio.Event, *, called: bool) -> str:
     """Until it is stopped (""), or why it has left its device."""
-    with measured(settings, plan, serving.stage) as attach:
+    with measured(settings, plan, serving.stage) as attach, traced("worker", plan):
         attach(lambda: serving.values(), actor_facts(plan, serving.facts))
         async with systemd.kept_informed(serving.pulse, stop):
             await serving.run(stop, called=called)

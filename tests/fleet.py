@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fakes import FakeEngine, FakeTokenizer, continuation
 
 from mqinfer.coordinator import Coordinator
+from mqinfer.coordinator_counts import Trace, untraced
 from mqinfer.messages import FinishReason, Request, Result
 from mqinfer.plan import Plan
 from mqinfer.producer import Producer
@@ -67,10 +68,11 @@ class Fleet:
         self.plan = plan
         self.actors: list[Actor] = []
 
-    def coordinator(self, *, url: str | None = None, **settings: object) -> Actor:
+    def coordinator(self, *, url: str | None = None, trace: Trace = untraced, **settings: object) -> Actor:
         actor = Actor(url or self.url)
         options = load(CoordinatorSettings, **(QUICK | settings))
-        actor.start(Coordinator(self.plan, FakeTokenizer(), options, actor.connect).run)  # type: ignore[arg-type]
+        coordinator = Coordinator(self.plan, FakeTokenizer(), options, actor.connect, trace)  # type: ignore[arg-type]
+        actor.start(coordinator.run)
         self.actors.append(actor)
         return actor
 

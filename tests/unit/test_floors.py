@@ -67,9 +67,9 @@ ROOMS = (
     Room(
         "doors",
         5,
-        "__main__ cli cli_plan cli_queues cli_scaling cli_workers launch flags running systemd metrics commands "
-        "worker_command joining pause_command operate top console advice_words pipeline_view embedded batch_files "
-        "batch_output batch_rows batch_job openai_bodies fleet_file fleet_commands",
+        "__main__ cli cli_plan cli_queues cli_scaling cli_workers launch flags running systemd metrics tracing "
+        "commands worker_command joining pause_command operate top console advice_words pipeline_view embedded "
+        "batch_files batch_output batch_rows batch_job openai_bodies fleet_file fleet_commands",
     ),
 )
 
@@ -81,6 +81,7 @@ HOMES = {
     "jinja2": "tokenizer",
     "msgpack": "wire_header",
     "numpy": "tensor_codec",
+    "opentelemetry": "tracing",
     "prometheus_client": "metrics",
     "pynvml": "gpu_guests",
     "pydantic": "settings openai_bodies",

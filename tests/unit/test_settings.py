@@ -16,6 +16,7 @@ from mqinfer.settings import (
     Settings,
     WorkerSettings,
     load,
+    otlp_variable,
     parse_bytes,
     parse_limits,
     parse_seconds,
@@ -25,7 +26,7 @@ from mqinfer.settings import (
 @pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith("MQINFER_") or name == "CREDENTIALS_DIRECTORY":
+        if name.startswith(("MQINFER_", "OTEL_")) or name == "CREDENTIALS_DIRECTORY":
             monkeypatch.delenv(name)
 
 
@@ -262,3 +263,19 @@ def test_limits_in_a_file_may_be_a_table(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text("limits = {2 = [1, 8]}\nhosts = ['a', 'b']\n")
     settings = load(AutoscalerSettings, file=tmp_path / "s.toml")
     assert (settings.limits, settings.hosts) == ({2: (1, 8)}, ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])
+def test_opentelemetry_s_own_variables_say_whether_spans_are_sent(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert otlp_variable() == ""
+    monkeypatch.setenv(name, "")
+    assert otlp_variable() == ""
+    monkeypatch.setenv(name, "http://collector:4318")
+    assert otlp_variable() == name
+
+
+@pytest.mark.parametrize("address", ["collector:4318", "http://", "http:///v1/traces", "grpc://collector:4317", " "])
+def test_spans_are_not_sent_to_what_is_no_address(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+    with pytest.raises(SettingsError, match="OTEL_EXPORTER_OTLP_ENDPOINT: write an address such as http"):
+        otlp_variable()

@@ -66,7 +66,8 @@ def test_a_forward_is_counted_with_its_rows_bytes_and_waits(told: list[tuple[str
     expected = {"rows": 3, "tokens": 6, "in_bytes": 150, "out_bytes": 100, "hidden_bytes": 500, "packed_bytes": 250}
     sums = {"forwards": 1, "steps": 2, "busy_s": 0.25, "wait_s": 2.5, "tokens_squared": 36, "token_busy_s": 1.5}
     assert counts.values == {**sums, **expected}
-    fields = {"stage": 1, "microbatches": 2, "seconds": 0.25, "waits_s": [2.0, 0.5], **expected}
+    fields: dict[str, Any] = {"stage": 1, "microbatches": 2, "seconds": 0.25, "waits_s": [2.0, 0.5], **expected}
+    fields["traceparents"] = ["", ""]
     assert told == [(STEP_COMPUTED, fields)]
 
 
