@@ -113,7 +113,14 @@ def log_to_stderr(*, level: str = "info", as_json: bool = False) -> None:
     )
     _quiet_libraries()
     logger = structlog.get_logger()
-    add_sink(lambda event, fields: logger.log(_severity(event, fields), event, **fields))
+    lowest = _level(level)
+
+    def tell(event: str, fields: Mapping[str, Any]) -> None:
+        severity = _severity(event, fields)
+        if severity >= lowest:  # the logger looks too, but after it is bound anew, and steps are many
+            logger.log(severity, event, **fields)
+
+    add_sink(tell)
 
 
 def size(count: float) -> str:
