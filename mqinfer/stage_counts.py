@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from math import inf
 
+from mqinfer.forecast import fit
 from mqinfer.messages import Miss
 from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, emit
 from mqinfer.stage_compute import Outgoing
 from mqinfer.stage_engine import StageEngine
 from mqinfer.stage_inbox import StageInbox, Taken
 
+#: The sums that forwards are fitted by.
+FITTED = ("forwards", "tokens", "busy_s", "tokens_squared", "token_busy_s")
 #: What `tokens_per_s` is taken over.
 RATE_WINDOW_S = 10.0
 
@@ -85,6 +89,12 @@ class StageCounts:
         """New positions computed in a second, over the last RATE_WINDOW_S."""
         oldest_s = self._clock() - RATE_WINDOW_S
         return sum(tokens for at_s, tokens in list(self._recent) if at_s > oldest_s) / RATE_WINDOW_S
+
+    def worth_tokens(self) -> float:
+        """See forecast.Speed, of the forwards so far."""
+        sums = {name: float(self.values[name]) for name in FITTED}
+        speed = fit(**sums)
+        return inf if speed is None else speed.worth_tokens
 
     def _forget_old(self) -> None:
         while self._recent[0][0] <= self._recent[-1][0] - RATE_WINDOW_S:

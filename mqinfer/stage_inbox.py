@@ -35,11 +35,19 @@ class Taken(NamedTuple):
     arrived_s: float
 
 
-def forwards(taken: Sequence[Taken]) -> list[list[Taken]]:
-    """What runs in one forward each: suspects by themselves, after all others."""
-    together = [item for item in taken if not item.step.alone]
-    alone = [[item] for item in taken if item.step.alone]
-    return [together, *alone] if together else alone
+def forwards(taken: Sequence[Taken], worth_tokens: float) -> list[list[Taken]]:
+    """What runs in one forward each: so many positions and no step more; suspects by themselves, after all others."""
+    together: list[list[Taken]] = []
+    room = 0.0
+    for item in taken:
+        if item.step.alone:
+            continue
+        if room <= 0:
+            together.append([])
+            room = worth_tokens
+        together[-1].append(item)
+        room -= sum(row.count for row in item.step.rows)
+    return together + [[item] for item in taken if item.step.alone]
 
 
 class StageInbox:

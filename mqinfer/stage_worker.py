@@ -155,7 +155,7 @@ class WorkerSession:
         while not enough():
             self._inbox.arrived.clear()
             taken = await self._take()
-            for group in forwards(taken):
+            for group in forwards(taken, self._counts.worth_tokens()):
                 await self._run(group)
             if not (taken or self._inbox.own or self._inbox.shared or enough()):
                 await self._inbox.arrived.wait()

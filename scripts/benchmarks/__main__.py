@@ -33,6 +33,7 @@ CASES: Mapping[str, str] = {
     "codec": "benchmarks.codec",
     "scale": "benchmarks.scale",
     "plan": "benchmarks.plan",
+    "elasticity": "benchmarks.elasticity",
     "profile": "benchmarks.profile",
     "memory": "benchmarks.memory",
 }
@@ -44,6 +45,7 @@ the rounds are printed with all of them. The machine should be idle otherwise; n
   scripts/bench                     all cases: hours on 2 cores, most of them for generate and generate-bf16
   scripts/bench generate            one of them
   scripts/bench one --rounds 5      with more rounds
+  scripts/bench elasticity          what a consumer that comes or goes brings: 20 minutes
   scripts/bench hop --write         puts the tables into docs/performance.md
   scripts/bench --json FILE         all rounds, for machines
 

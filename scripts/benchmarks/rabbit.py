@@ -46,6 +46,12 @@ def tree_cpu_s(root: int) -> float:
     return sum(ticks for pid, (_, ticks) in used.items() if pid in members) / _TICKS_PER_S
 
 
+def machine_cpu_s() -> float:
+    """Processor seconds that all of the machine has used, whoever it was."""
+    user, nice, system, _idle, _wait, *more = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + sum(more)) / _TICKS_PER_S
+
+
 def _processes() -> dict[int, tuple[int, int]]:
     """Of every process: its parent, and its ticks in user and in system mode."""
     found = {}

@@ -155,6 +155,14 @@ def crowd() -> Workload:
     return _one_job("float32", [(100, 4)] * 8 if SMALL else [(320, 64)] * 48)
 
 
+def twice() -> Workload:
+    """128 rows, 16 to 32 tokens in, 16 to 48 out, and then the same ones again."""
+    draw = random.Random(_SEED)
+    lengths = [(draw.randint(16, 32), draw.randint(16, 48)) for _ in range(24 if SMALL else 128)]
+    work = _one_job("float32", lengths)
+    return replace(work, jobs=(work.rows + work.rows,))
+
+
 def texts(count: int) -> Iterator[str]:
     """Short ones, all different, out of the documents."""
     words = _text().split()

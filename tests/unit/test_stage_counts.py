@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, add_sink
 from mqinfer.queues import Topology
 from mqinfer.stage_compute import Outgoing
 from mqinfer.stage_counts import RATE_WINDOW_S, StageCounts
-from mqinfer.stage_inbox import StageInbox, Taken
+from mqinfer.stage_inbox import StageInbox, Taken, forwards
 from mqinfer.transports.base import Transport
 from mqinfer.transports.memory import open_memory
 
@@ -99,3 +100,35 @@ def test_tokens_per_second_are_those_of_the_last_seconds(forwards: list[tuple[fl
     assert counts.tokens_per_s() == pytest.approx(recent / RATE_WINDOW_S)
     now_s = 30.0 + RATE_WINDOW_S
     assert counts.tokens_per_s() == 0
+
+
+def seen(fixed_s: float, token_s: float) -> StageCounts:
+    counts = StageCounts(0)
+    for tokens in (8, 16, 24) * 100:
+        counts.computed([taken((tokens,))], [out(1)], 0.0, fixed_s + token_s * tokens)
+    return counts
+
+
+def test_microbatches_share_a_forward_as_far_as_its_fixed_part_is_worth_it() -> None:
+    three = [taken((8, 8)), taken((8, 8)), taken((8, 8))]
+    assert StageCounts(0).worth_tokens() == inf
+    assert len(forwards(three, seen(0.1, 0.0).worth_tokens())) == 1
+    assert len(forwards(three, seen(0.003, 0.001).worth_tokens())) == 2
+    assert len(forwards(three, seen(0.0, 0.01).worth_tokens())) == 3
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.booleans()), max_size=12), st.floats(1, 200) | st.just(inf))
+def test_every_step_runs_once_in_its_order_and_suspects_alone_after_the_others(
+    steps: list[tuple[int, bool]], worth_tokens: float
+) -> None:
+    items = [
+        item._replace(step=replace(item.step, number=number, alone=alone))
+        for number, (count, alone) in enumerate(steps)
+        for item in [taken((count,))]
+    ]
+    groups = forwards(items, worth_tokens)
+    numbers = [item.step.number for group in groups for item in group]
+    assert numbers == [item.step.number for item in sorted(items, key=lambda item: item.step.alone)]
+    for group in groups:
+        assert len(group) == 1 or not any(item.step.alone for item in group)
+        assert sum(row.count for item in group[:-1] for row in item.step.rows) < worth_tokens
