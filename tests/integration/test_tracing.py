@@ -175,6 +175,8 @@ def test_a_fleet_s_processes_send_one_trace_for_each_request(
         monkeypatch.setenv(ENDPOINT, receiver.url)
         actors = [start("worker", "--stage", k, *where, "--kv-bytes", "64MiB", "--threads", 1) for k in (0, 1)]
         actors.append(start("coordinator", *where))
+        for actor in actors:
+            actor.said("actor.ready")
         prompts, out = write_prompts(tmp_path / "p.jsonl", 3, max_tokens=4), tmp_path / "out.jsonl"
         assert start("batch", prompts, "-o", out, *where).end().code == 0
         for actor in reversed(actors):
