@@ -6,8 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 from broker import Broker, any_broker
+from hypothesis import settings
 
 from mqinfer.queues import new_id
+
+# Hypothesis fails an example that takes longer than 200 ms otherwise: nothing is timed here.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mqinfer import gpus
@@ -30,7 +30,6 @@ def test_a_curve_of_no_rising_rows_or_of_negative_seconds_is_refused(points: tup
         Curve(points)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 500))
 def test_rows_are_spread_as_the_coordinator_spreads_them(consumers: list[int], concurrency: int) -> None:
     load = Load(context_tokens=1, prompt_tokens=0, concurrency=concurrency, microbatch_rows=64)
@@ -53,7 +52,6 @@ def test_a_stage_that_can_not_hold_every_row_does_nothing() -> None:
     assert stage_rate([1.0, 1.0], [0.5, 0.4]) == 0.0
 
 
-@settings(deadline=None)
 @given(RATES)
 def test_a_stage_s_rate_is_the_largest_at_which_its_workers_do_it_all(workers: list[tuple[float, float]]) -> None:
     rates, shares = zip(*workers, strict=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mqinfer import headers
@@ -126,7 +126,6 @@ def test_a_header_that_is_no_header_is_refused(tmp_path: Path, header: bytes) ->
         headers.read_file(write(tmp_path / "m", header))
 
 
-@settings(deadline=None)
 @given(body=st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, body: bytes) -> None:
     path = tmp_path_factory.mktemp("hostile") / "m"

@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mqinfer.errors import WireError
@@ -96,25 +96,21 @@ def mutated(draw: st.DrawFn, tree: Any) -> Any:
     return [*tree[:place], *middle, *tree[place + 1 :]]
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_random_bytes_are_survived(body: bytes) -> None:
     survive(body)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=100), st.binary(max_size=100))
 def test_random_headers_and_blobs_under_a_right_checksum_are_survived(header: bytes, behind: bytes) -> None:
     survive(sealed(header, behind))
 
 
-@settings(deadline=None)
 @given(anything)
 def test_any_msgpack_in_the_place_of_a_header_is_survived(tree: Any) -> None:
     survive(sealed(msgpack.packb(tree)))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_message_with_a_changed_branch_is_survived(data: st.DataObject) -> None:
     header, behind = parts(data.draw(st.sampled_from(GOLDEN)))
@@ -122,7 +118,6 @@ def test_a_message_with_a_changed_branch_is_survived(data: st.DataObject) -> Non
     survive(sealed(msgpack.packb(tree), behind))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_message_with_changed_bytes_is_survived(data: st.DataObject) -> None:
     header, behind = parts(data.draw(st.sampled_from(GOLDEN)))
@@ -132,7 +127,6 @@ def test_a_message_with_changed_bytes_is_survived(data: st.DataObject) -> None:
     survive(sealed(bytes(whole[: len(header)]), bytes(whole[len(header) :])))
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_message_whose_header_ends_elsewhere_is_survived(data: st.DataObject) -> None:
     header, behind = parts(data.draw(st.sampled_from(GOLDEN)))
@@ -144,7 +138,6 @@ def test_a_message_whose_header_ends_elsewhere_is_survived(data: st.DataObject) 
 lengths = st.integers(0, 2**64 - 1) | st.sampled_from((0, 2**31, 2**32, 2**63, 2**64 - 1, 2**64 - 32))
 
 
-@settings(deadline=None)
 @given(lengths, lengths)
 def test_declared_lengths_that_do_not_add_up_are_refused(header: int, behind: int) -> None:
     body = sealed(b"x", b"y", header_bytes=header, behind_bytes=behind)

@@ -269,7 +269,7 @@ class Meter:
 STEPS = st.tuples(st.integers(0, 3), st.integers(1, 150), st.integers(0, 400), st.sampled_from(["go", "new", "drop"]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tokens=st.integers(64, 700), steps=st.lists(STEPS, max_size=40))
 def test_the_budget_is_never_passed_not_even_while_growing(tokens: int, steps: list[tuple[int, int, int, str]]) -> None:
     cache = cache_of(tokens)

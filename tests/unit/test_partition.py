@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mqinfer.partition import cut
@@ -19,7 +19,6 @@ def brute_force(costs: Sequence[int], stages: int) -> list[tuple[int, int]]:
     return list(pairwise(min(cuts, key=rank)))
 
 
-@settings(deadline=None)
 @given(data=st.data(), costs=st.lists(st.integers(0, 20), min_size=1, max_size=9))
 def test_the_cut_is_the_best_of_all_cuts(data: st.DataObject, costs: list[int]) -> None:
     stages = data.draw(st.integers(1, len(costs)))

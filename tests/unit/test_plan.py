@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mqinfer import plan as plans
@@ -36,7 +36,6 @@ def test_a_plan_is_the_same_after_writing_and_reading() -> None:
     assert loads(dumps(PLAN)) == PLAN
 
 
-@settings(deadline=None)
 @example(text='\x00\x1f\x7f\x85"\\\r\n', tokens=[])
 @given(text=st.text(st.characters(exclude_categories=("Cs",))), tokens=st.lists(st.integers(0, 2**31)))
 def test_any_text_survives_the_file(text: str, tokens: list[int]) -> None:

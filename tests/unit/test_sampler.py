@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -67,7 +67,6 @@ def frequencies(logits: Tensor, sampling: Sampling, draws: int) -> Counter[int]:
     return Counter(row.token for row in rows)
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), sampling=samplings)
 def test_what_may_be_drawn_is_what_transformers_leaves(seed: int, sampling: Sampling) -> None:
     assume(sampling.temperature > 0)
@@ -78,7 +77,6 @@ def test_what_may_be_drawn_is_what_transformers_leaves(seed: int, sampling: Samp
     assert torch.equal(found.softmax(-1), expected.softmax(-1))
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), sampling=samplings, step=st.sampled_from([0.5, 4.0]))
 def test_of_equally_likely_tokens_as_many_are_left_as_transformers_leaves(
     seed: int, sampling: Sampling, step: float
@@ -90,7 +88,6 @@ def test_of_equally_likely_tokens_as_many_are_left_as_transformers_leaves(
     assert torch.equal(found.sort().values, expected.sort().values)
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     wishes=st.lists(samplings, min_size=1, max_size=5),
@@ -141,7 +138,6 @@ def test_the_ends_of_the_chance_draw_nothing_that_is_ruled_out(
     assert math.isfinite(logits[0, draw(logits, Sampling(temperature=1.0, **limits))[0].token])
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), wishes=st.lists(samplings, min_size=1, max_size=6), step=st.sampled_from([0.0, 1.0]))
 def test_the_way_a_token_was_found_does_not_change_it(seed: int, wishes: list[Sampling], step: float) -> None:
     logits = some_logits(seed, len(wishes), step=step)
@@ -149,7 +145,6 @@ def test_the_way_a_token_was_found_does_not_change_it(seed: int, wishes: list[Sa
     assert tokens[0] == tokens[1] == tokens[2]
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), wishes=st.lists(samplings, min_size=2, max_size=6), step=st.sampled_from([0.0, 1.0]))
 def test_a_row_draws_the_same_alone_and_in_any_batch(seed: int, wishes: list[Sampling], step: float) -> None:
     logits = some_logits(seed, len(wishes), step=step)
@@ -158,7 +153,6 @@ def test_a_row_draws_the_same_alone_and_in_any_batch(seed: int, wishes: list[Sam
         assert Sampler(32).sample(logits[row : row + 1], [sampling], [row]) == [together[row]]
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**31), sampling=samplings, position=st.integers(0, 2**20))
 def test_only_what_may_be_drawn_is_drawn(seed: int, sampling: Sampling, position: int) -> None:
     logits = some_logits(seed)
@@ -219,7 +213,6 @@ def test_a_seed_and_a_position_give_the_same_number_for_ever() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(seed=seeds, position=st.integers(0, 2**40))
 def test_the_number_is_at_least_zero_and_less_than_one(seed: int, position: int) -> None:
     assert 0 <= uniform(seed, position) < 1

@@ -13,7 +13,7 @@ from mqinfer.scaling import Advice, Change, Hysteresis, Limits, StageSeen, Why, 
 
 WINDOW_S = 10.0
 #: A busy machine is no failure.
-PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+PATIENT = settings(suppress_health_check=[HealthCheck.too_slow])
 FEWER = settings(PATIENT, max_examples=30)
 
 

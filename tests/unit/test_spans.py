@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -124,7 +124,6 @@ ANY = Tracing(TracerProvider(shutdown_on_exit=False))
 hexadecimal = st.text("0123456789abcdef", max_size=32)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=55) | st.lists(hexadecimal, max_size=5).map("-".join))
 def test_no_trace_context_from_the_wire_is_an_error(traceparent: str) -> None:
     ANY.sink(observe.STEP_COMPUTED, computed(traceparent))

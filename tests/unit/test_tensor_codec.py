@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -101,7 +101,6 @@ def test_lossless_keeps_each_of_the_65536_numbers_of_16_bits(dtype: torch.dtype)
     assert same_bits(sent(tensor, "lossless"), tensor)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=40), st.sampled_from(DTYPES))
 def test_lossless_keeps_any_bits(words: list[int], dtype: torch.dtype) -> None:
     tensor = torch.tensor(words, dtype=torch.int32).view(dtype).view(len(words), -1)
@@ -398,7 +397,6 @@ def test_a_frame_that_says_less_than_it_holds_is_refused() -> None:
         unpack_as(replace(packed, blobs=(bytes(honest), *packed.blobs[1:])), TENSOR)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_any_blobs_end_in_a_tensor_or_in_a_wire_error(data: st.DataObject) -> None:
     packed = pack(TENSOR, data.draw(st.sampled_from(CODECS)))

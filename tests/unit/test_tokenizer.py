@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -89,7 +89,6 @@ def test_a_text_is_encoded_with_what_the_model_puts_before_it(tokenizer: Tokeniz
     assert tokenizer.decode(tokens) == "the fox"
 
 
-@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=30))
 def test_any_text_comes_back_with_its_spaces(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(encode_bare(tokenizer, text)) == text.replace("<s>", "").replace("</s>", "")
@@ -223,7 +222,6 @@ def test_a_stop_string_that_begins_with_a_space_is_seen(spaced: Tokenizer) -> No
 PIECES = st.lists(st.sampled_from(["stop", "st", "op", " ", "é", "🛑", "\n", "a", "</s>", "��"]), max_size=40)
 
 
-@settings(deadline=None)
 @given(pieces=PIECES, noise=st.lists(st.integers(0, 400), max_size=12), stops=st.lists(PIECES.map("".join), max_size=3))
 def test_stop_strings_are_found_as_in_the_whole_text(
     tokenizer: Tokenizer, pieces: list[str], noise: list[int], stops: list[str]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mqinfer.errors import WireError
@@ -244,7 +244,6 @@ messages = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(messages)
 def test_what_is_encoded_is_decoded_again(message: Message) -> None:
     assert decode(encode(message)) == message
