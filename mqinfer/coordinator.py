@@ -291,7 +291,7 @@ class CoordinatorSession:
     async def _look_at_queues(self) -> None:
         for stage in range(len(self._plan.stages)):
             state = await self._transport.inspect(self._topology.stage(stage).name) or QueueState(0, 0)
-            self._scheduler.consumers[stage] = state.consumers
+            self._scheduler.seen(stage, state.consumers)
             emit(STAGE_SEEN, stage=stage, ready=state.ready, consumers=state.consumers)
         waiting = await self._transport.inspect(self._topology.requests.name) or QueueState(0, 0)
         emit(REQUESTS_SEEN, ready=waiting.ready)

@@ -1,11 +1,12 @@
-"""Rows and microbatches under way, and what the scheduler decides about them: data, no behaviour of its own."""
+"""Rows and microbatches under way, and what the scheduler decides about them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mqinfer.messages import FinishReason, MissReason, Release, Request, Row, Step, TokenLogprob
+from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Step, TokenLogprob
+from mqinfer.verdicts import BLAMED, MAX_FAILURES
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,6 +108,27 @@ class Microbatch:
         """At which stage this worker has the step in its hands, about; -1 where that is not known."""
         holding = self.takers if self.alone else self.takers[-1:]
         return len(self.takers) - 1 if worker in holding else -1
+
+    def leave(self, row: LiveRow) -> None:
+        """The row goes; its workers are told with the next step."""
+        self.rows.remove(row)
+        self.released.append((row.number, row.epoch))
+
+    def blame(self, row: LiveRow, miss: Miss) -> None:
+        """Note a failure that may be the row's own doing.
+
+        A worker that died on a route may have died of any row of any microbatch there: the first such death counts
+        as one failure, the second sends the row on alone. One row at a time travels alone, and the worker says when it
+        computes that row and nothing else: a death then counts in full for it, any other death not at all.
+        """
+        if miss.reason not in BLAMED:
+            return
+        if miss.reason is MissReason.LOST and self.alone:
+            row.failures += miss.stage >= 0 and bool(self.takers)
+        elif miss.reason is MissReason.LOST and miss.stage < 0:
+            row.failures = max(row.failures, min(row.failures + 1, MAX_FAILURES - 1))
+        else:
+            row.failures += 1
 
 
 @dataclass(frozen=True, slots=True)

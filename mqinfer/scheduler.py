@@ -16,7 +16,7 @@ from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, R
 from mqinfer.pacing import Pace
 from mqinfer.plan import Plan
 from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
-from mqinfer.verdicts import BLAMED, MAX_FAILURES, Verdict, decide, explain
+from mqinfer.verdicts import MAX_FAILURES, Verdict, decide, explain
 
 #: Trips that were given up and may come home all the same: so many are remembered, to have their rows forgotten.
 MOST_GIVEN_UP = 1024
@@ -46,7 +46,7 @@ class Scheduler:
         self.rows: dict[int, LiveRow] = {}
         self.waiting: deque[LiveRow] = deque()
         self.microbatches: dict[int, Microbatch] = {}
-        #: Consumers seen at each stage; the owner keeps it up to date.
+        #: Consumers `seen` at each stage.
         self.consumers: list[int] = [0] * len(plan.stages)
 
     # -- facts ---------------------------------------------------------------------------------
@@ -102,6 +102,17 @@ class Scheduler:
                 self.waiting.remove(row)
             decisions += self._open(rows, now_s)
         return decisions
+
+    def seen(self, stage: int, consumers: int) -> None:
+        """So many workers take first trips at the stage. If one has come, nobody joins the routes that there are.
+
+        Only first trips lead to the newcomer, and the broker hands them out by turns, whatever a worker has already: it
+        has its share when all routes are new ones, as soon as the rows of the old ones have ended.
+        """
+        if 0 < self.consumers[stage] < consumers:
+            for microbatch in self.microbatches.values():
+                microbatch.closed = True
+        self.consumers[stage] = consumers
 
     def taken(self, step: StepTaken, now_s: float) -> None:
         """A worker has the step in its hands, or is through with it: its time begins anew."""
@@ -195,7 +206,7 @@ class Scheduler:
         ended = self._ending(row)
         if ended is None:
             return []
-        self._leave(microbatch, row)
+        microbatch.leave(row)
         del self.rows[row.number]
         return [ended]
 
@@ -210,10 +221,10 @@ class Scheduler:
         return None
 
     def _give_up(self, microbatch: Microbatch, row: LiveRow, miss: Miss) -> list[Decision]:
-        self._leave(microbatch, row)
+        microbatch.leave(row)
         if miss.reason in (MissReason.ROOM, MissReason.GONE):
             microbatch.closed = True
-        self._blame(microbatch, row, miss)
+        microbatch.blame(row, miss)
         verdict = decide(miss.reason, row.failures)
         if verdict is Verdict.FAIL:
             del self.rows[row.number]
@@ -227,28 +238,6 @@ class Scheduler:
         row.fresh = verdict is not Verdict.REPLAY
         self.waiting.appendleft(row)
         return [replayed]
-
-    @staticmethod
-    def _blame(microbatch: Microbatch, row: LiveRow, miss: Miss) -> None:
-        """Note a failure that may be the row's own doing.
-
-        A worker that died on a route may have died of any row of any microbatch there: the first such death counts
-        as one failure, the second sends the row on alone. One row at a time travels alone, and the worker says when it
-        computes that row and nothing else: a death then counts in full for it, any other death not at all.
-        """
-        if miss.reason not in BLAMED:
-            return
-        if miss.reason is MissReason.LOST and microbatch.alone:
-            row.failures += miss.stage >= 0 and bool(microbatch.takers)
-        elif miss.reason is MissReason.LOST and miss.stage < 0:
-            row.failures = max(row.failures, min(row.failures + 1, MAX_FAILURES - 1))
-        else:
-            row.failures += 1
-
-    @staticmethod
-    def _leave(microbatch: Microbatch, row: LiveRow) -> None:
-        microbatch.rows.remove(row)
-        microbatch.released.append((row.number, row.epoch))
 
     # -- microbatches --------------------------------------------------------------------------
 

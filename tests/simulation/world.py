@@ -108,10 +108,11 @@ class World:
 
     def _producer(self, number: int, job: Job) -> Actor:
         disk, lines = Disk(), []
-        first = FIRST_TOKEN + sum(len(names) for names in self.asked)
+        first = sum(len(names) for names in self.asked)
         for at, prompt in enumerate(job.prompts):
             name = f"{number}-{at}"
-            tokens = (first + at, *(self.random.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(prompt.length - 1)))
+            own = FIRST_TOKEN + (first + at) % (VOCABULARY - FIRST_TOKEN)
+            tokens = (own, *(self.random.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(prompt.length - 1)))
             self.oracle.truth.add(name, tokens, prompt.max_tokens)
             if prompt.poison:
                 self.oracle.poisons[name] = Poison(prompt.poison, prompt.poison_at)

@@ -488,6 +488,24 @@ def test_rows_do_not_join_a_closing_microbatch() -> None:
     assert len(ring.results) == 11
 
 
+@pytest.mark.parametrize(("before", "now", "joined"), [(0, 1, True), (1, 1, True), (2, 1, True), (1, 2, False)])
+def test_where_a_worker_has_come_rows_join_no_route_that_was_there_before(before: int, now: int, joined: bool) -> None:
+    ring = Ring()
+    ring.scheduler.seen(1, before)
+    ring.add(request("first", max_tokens=20))
+    ring.turn()
+    old = set(ring.scheduler.microbatches)
+    ring.scheduler.seen(1, now)
+    ring.add(*(request(f"r{i}") for i in range(10)))
+    most = 0
+    while ring.sent:
+        step = ring.sent[0].step
+        most = max(most, len(step.rows) if step.microbatch in old else 0)
+        ring.turn()
+    assert (most > 1) is joined
+    assert len(ring.results) == 11
+
+
 def test_a_checkpoint_goes_on_where_it_was_kept() -> None:
     ring = Ring()
     ring.add(request("r", max_tokens=6))
