@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mqinfer.compact_sets import FingerprintSet
 from mqinfer.errors import RequestError
 from mqinfer.messages import Request, Result
 from mqinfer.openai_bodies import (
@@ -31,6 +32,8 @@ from mqinfer.requests import check_logprobs
 from mqinfer.settings import BatchSettings
 from mqinfer.tokenizer import Tokenizer
 
+#: The number of a line is nowhere larger: so many bits may be kept of them.
+MOST_LINES = 10**9
 #: A longer line is refused unread.
 MAX_LINE_BYTES = 16 * 2**20
 #: The keys of a line in OpenAI's batch format; every other line is in the short form.
@@ -64,7 +67,7 @@ class Tag:
     def load(cls, tag: str) -> Tag:
         """Raises: ValueError where it is not one of ours."""
         number, custom_id, url, model = json.loads(tag)
-        if not isinstance(number, int) or not isinstance(custom_id, str | None):
+        if type(number) is not int or not 0 < number <= MOST_LINES or not isinstance(custom_id, str | None):
             raise ValueError("not a batch line's tag")
         return cls(number, custom_id, str(url), str(model))
 
@@ -205,7 +208,7 @@ class LineReader:
     def chunks(self, has: Callable[[int, str | None], bool], size: int = 64) -> Iterator[Chunk]:
         """The lines that do not have their row, `size` lines of input at a time. Raises: OSError."""
         lines = read_lines(self.path)
-        seen: set[int] = set()
+        seen = FingerprintSet()
         digest = hashlib.blake2b(digest_size=16)
         while batch := list(islice(lines, size)):
             for _, raw in batch:
@@ -216,14 +219,12 @@ class LineReader:
             yield chunk
 
     def _sort(
-        self, number: int, raw: bytes, chunk: Chunk, seen: set[int], has: Callable[[int, str | None], bool]
+        self, number: int, raw: bytes, chunk: Chunk, seen: FingerprintSet, has: Callable[[int, str | None], bool]
     ) -> None:
         try:
             line = parse_line(number, raw)
-            mark = fingerprint(line.custom_id)
-            if mark in seen:
+            if not seen.add(fingerprint(line.custom_id)):
                 raise LineError(f"line {number}: custom_id {line.custom_id!r} is on an earlier line already", None)
-            seen.add(mark)
             if not has(number, line.custom_id):
                 chunk.requests[number] = self._request(line)
         except LineError as error:

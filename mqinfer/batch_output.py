@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from mqinfer.batch_files import fingerprint, lines_digest
+from mqinfer.batch_files import MOST_LINES, fingerprint, lines_digest
+from mqinfer.compact_sets import FingerprintSet, LineSet
 from mqinfer.errors import OutputError, SettingsError
 
 
@@ -25,8 +26,8 @@ class OutputFile:
         self.path = path
         self._prefix = f"batch_req_{job}." if job else ""
         #: Fingerprints of the custom_ids that have a row, and the numbers of lines without id that have one.
-        self.ids: set[int] = set()
-        self.lines: set[int] = set()
+        self.ids = FingerprintSet()
+        self.lines = LineSet()
         self.answered = 0
         self.failed = 0
         #: Why nothing more can be written; "" while all is well.
@@ -101,8 +102,11 @@ class OutputFile:
         try:
             row = json.loads(raw)
             custom_id, error = row["custom_id"], row["error"]
+            line = int(error.get("line", 0)) if error else 0
             ours = str(row["id"]).startswith(self._prefix)
-        except (ValueError, TypeError, KeyError):
+            if not 0 <= line <= MOST_LINES:
+                raise ValueError("no line's number")
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise SettingsError(
                 f"{self.path} has a line that is not a batch result: give -o another file, or remove this one"
             ) from None
@@ -115,7 +119,7 @@ class OutputFile:
         if custom_id is not None:
             self.ids.add(fingerprint(custom_id))
         elif error:
-            self.lines.add(int(error.get("line", 0)))
+            self.lines.add(line)
         return True
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mqinfer.batch_files import Refusal, Tag, error_row, fingerprint, result_row
 from mqinfer.batch_output import OutputFile
@@ -35,36 +35,14 @@ class Progress:
         return self.answered + self.failed
 
 
-@dataclass(slots=True)
-class LineSet:
-    """A set of line numbers, one bit each."""
-
-    _bits: bytearray = field(default_factory=bytearray)
-
-    def add(self, number: int) -> bool:
-        """Whether it is new."""
-        byte, bit = divmod(number, 8)
-        if byte >= len(self._bits):
-            self._bits.extend(bytes(byte + 4096 - len(self._bits)))
-        new = not self._bits[byte] >> bit & 1
-        self._bits[byte] |= 1 << bit
-        return new
-
-    def __contains__(self, number: int) -> bool:
-        byte, bit = divmod(number, 8)
-        return byte < len(self._bits) and bool(self._bits[byte] >> bit & 1)
-
-
 class Rows:
     """The rows of one job, on their way into its output file."""
 
     def __init__(self, output: OutputFile, token_text: TokenText) -> None:
         self._output = output
         self._token_text = token_text
-        self._done = LineSet()
+        self._done = output.lines
         self._writing = asyncio.Lock()
-        for number in output.lines:
-            self._done.add(number)
         self.progress = Progress(answered=output.answered, failed=output.failed)
         #: Set when a detached job says how many rows it has.
         self.total: Arrival | None = None

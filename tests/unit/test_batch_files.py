@@ -24,7 +24,6 @@ from mqinfer.batch_files import (
     result_row,
 )
 from mqinfer.batch_output import OutputFile, Ticket
-from mqinfer.batch_rows import LineSet
 from mqinfer.errors import SettingsError
 from mqinfer.messages import FinishReason, Request, Result, TokenLogprob
 from mqinfer.settings import BatchSettings
@@ -231,7 +230,8 @@ def test_an_output_file_knows_its_rows_and_repairs_a_torn_one(tmp_path: Path) ->
     rows = [result_row(result(1), str), error_row(2, None, "bad", code="x")]
     path.write_bytes(b"".join(rows) + result_row(result(3), str)[:-10])
     file = OutputFile(path)
-    assert (file.answered, file.failed, file.lines) == (1, 1, {2})
+    assert (file.answered, file.failed) == (1, 1)
+    assert [number in file.lines for number in (1, 2, 3)] == [False, True, False]
     file.append([result_row(result(3), str)])
     file.close()
     assert [json.loads(raw)["custom_id"] for raw in path.read_bytes().splitlines()] == ["id-1", None, "id-3"]
@@ -241,9 +241,25 @@ def test_error_rows_go_when_they_are_to_be_asked_again(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(error_row(1, "a", "bad", code="x") + result_row(result(2), str))
     file = OutputFile(path, retry_errors=True)
-    assert (file.answered, file.failed, file.lines) == (1, 0, set())
+    assert (file.answered, file.failed) == (1, 0)
     file.close()
     assert len(path.read_bytes().splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [-1, 10**12, "x"])
+def test_a_row_of_a_line_that_no_file_has_is_not_ours(tmp_path: Path, number: object) -> None:
+    path = tmp_path / "out.jsonl"
+    row = json.loads(error_row(1, None, "bad", code="x"))
+    row["error"]["line"] = number
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SettingsError, match="not a batch result"):
+        OutputFile(path)
+
+
+@pytest.mark.parametrize("number", [0, 10**12, True, "1"])
+def test_a_tag_of_a_line_that_no_file_has_is_not_ours(number: Any) -> None:
+    with pytest.raises(ValueError, match="tag"):
+        Tag.load(Tag(number, None, "/v1/completions", "tiny").dump())
 
 
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path: Path) -> None:
@@ -291,13 +307,3 @@ def test_a_line_of_just_the_longest_length_does_not_swallow_the_next(
     for length in (99, 100, 101):
         path.write_bytes(b"x" * length + b"\n{}\n")
         assert [number for number, _ in read_lines(path)] == [1, 2], length
-
-
-@given(st.lists(st.integers(0, 100_000), max_size=50))
-def test_a_set_of_lines_is_a_set(numbers: list[int]) -> None:
-    lines, known = LineSet(), set()
-    for number in numbers:
-        assert lines.add(number) == (number not in known)
-        known.add(number)
-    assert all(number in lines for number in known)
-    assert 100_001 not in lines

@@ -69,7 +69,7 @@ ROOMS = (
         5,
         "__main__ cli cli_plan cli_queues cli_scaling cli_workers launch flags running systemd metrics tracing "
         "commands worker_command joining pause_command operate top console advice_words pipeline_view embedded "
-        "batch_files batch_output batch_rows batch_job openai_bodies fleet_file fleet_commands",
+        "compact_sets batch_files batch_output batch_rows batch_job openai_bodies fleet_file fleet_commands",
     ),
 )
 

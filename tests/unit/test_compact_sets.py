@@ -1,0 +1,43 @@
+"""Sets that take little memory are sets."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mqinfer.batch_files import fingerprint
+from mqinfer.compact_sets import FingerprintSet, LineSet
+
+
+@given(st.lists(st.integers(0, 100_000), max_size=50))
+def test_a_set_of_lines_is_a_set(numbers: list[int]) -> None:
+    lines, known = LineSet(), set()
+    for number in numbers:
+        assert lines.add(number) == (number not in known)
+        known.add(number)
+    assert all(number in lines for number in known)
+    assert 100_001 not in lines
+
+
+#: Many that want the same place in the table, and those at its ends.
+NUMBERS = st.one_of(st.integers(1, 2**64 - 1), st.integers(1, 80), st.integers(1, 80).map(lambda high: high << 32 | 63))
+
+
+@given(st.lists(NUMBERS, max_size=200))
+def test_a_set_of_fingerprints_is_a_set(numbers: list[int]) -> None:
+    compact, known = FingerprintSet(), set()
+    for number in numbers:
+        assert (number in compact) == (number in known)
+        assert compact.add(number) == (number not in known)
+        known.add(number)
+    assert all(number in compact for number in known)
+    assert len(compact) == len(known)
+
+
+def test_it_grows_and_the_fingerprint_0_is_one_too() -> None:
+    compact = FingerprintSet()
+    numbers = [0, *(fingerprint(str(at)) for at in range(10_000))]
+    assert all(compact.add(number) for number in numbers)
+    assert not any(compact.add(number) for number in numbers)
+    assert all(number in compact for number in numbers)
+    assert fingerprint("another") not in compact
