@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mqinfer.forecast import Load, Speed, fit, tokens_per_s
@@ -13,8 +13,7 @@ from mqinfer.scaling import Advice, Change, Hysteresis, Limits, StageSeen, Why, 
 
 WINDOW_S = 10.0
 #: A busy machine is no failure.
-PATIENT = settings(suppress_health_check=[HealthCheck.too_slow])
-FEWER = settings(PATIENT, max_examples=30)
+FEWER = settings(max_examples=30)
 
 
 def worked(forward_s: float, *, busy: float = 1.0, rows: float = 16.0, fixed: float = 0.5) -> Worked:
@@ -142,7 +141,6 @@ def test_a_stage_s_rates_count_consumers_that_were_seen_once_as_the_others() -> 
 # The line through a consumer's forwards
 
 
-@PATIENT
 @given(st.floats(0, 1), st.floats(1e-4, 0.1), st.integers(1, 20), st.integers(1, 10))
 def test_forwards_of_many_sizes_show_what_a_position_costs(
     fixed_s: float, token_s: float, least: int, apart: int
@@ -245,7 +243,6 @@ advices = st.builds(
 )
 
 
-@PATIENT
 @given(st.lists(st.tuples(advices, st.integers(0, 30)), max_size=80), st.integers(1, 4), st.integers(0, 100))
 def test_a_stage_changes_once_in_a_cool_down_at_most(
     said: list[tuple[Advice, int]], confirm: int, cooldown_s: int
