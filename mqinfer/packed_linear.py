@@ -7,6 +7,7 @@ Only for inference: there is no backward. Which layers a stage has is not known 
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from functools import lru_cache
 from typing import cast
@@ -19,6 +20,10 @@ LEAST_ELEMENTS = 2**22
 #: With AVX-512, on one thread: [1536, 576] in float32 takes 0.54 ms for 8 rows, packed 0.37 (and 0.25 for one, packed
 #: 0.27); [576, 576] in bfloat16 0.11 for 8 and packed 0.08; what is smaller gains nothing.
 LEAST_ELEMENTS_AVX512 = {torch.float32: 2**19, torch.bfloat16: 2**18}
+
+
+#: glibc keeps what was freed, in pieces that a weight laid out anew rarely fits into: so often it must give them back.
+TRIM_BYTES = 64 * 2**20
 
 
 class PackedLinear(nn.Module):
@@ -43,17 +48,23 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the large linear layers one by one, so that no more than one weight is here twice; in place.
+    """Replace the large linear layers one by one, so that little more than one weight is here twice; in place.
 
     A weight that other modules share stays for them. Does nothing where oneDNN can't do it: for other processors, or in
     bfloat16 without AVX-512.
     """
     names = [name for name, module in model.named_modules() if _is_large(module)]
+    freed_bytes = 0
     for name in names:
         linear = cast(nn.Linear, model.get_submodule(name))
         if can_pack(linear.weight.dtype):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedLinear(linear))
+            freed_bytes += linear.weight.nbytes
+        del linear
+        if freed_bytes >= TRIM_BYTES or (freed_bytes and name == names[-1]):
+            freed_bytes = 0
+            _trim()
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -71,6 +82,12 @@ def can_pack(dtype: torch.dtype) -> bool:
     except (RuntimeError, AttributeError):  # not for this type; not in this build
         return False
     return True
+
+
+def _trim() -> None:
+    """Give back to the system what was freed, where the C library is one that keeps it."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _is_large(module: nn.Module) -> bool:
