@@ -53,6 +53,8 @@ def plan_for_fleet(model: str, options: FleetOptions) -> None:
     """Print the assignment; write the plan and the commands that start it. Raises: PlanError."""
     if options.dtype not in DTYPES:
         raise PlanError(f"dtype: {options.dtype!r} is not one of {', '.join(DTYPES)}")
+    if not str(options.output).isprintable():
+        raise PlanError("--output: a file with unprintable characters in its name can't stand in the commands")
     facts = checkpoint.facts(model, options.revision)
     context_tokens = options.context_tokens or min(CONTEXT_TOKENS, facts.context_tokens)
     load = fleet_file.load_of(context_tokens, options.prompt_tokens, options.concurrency or _ROWS, facts)

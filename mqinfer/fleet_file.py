@@ -94,7 +94,7 @@ def _machine(table: Table, folder: Path, facts: CheckpointFacts, dtype: str, loa
     )
     if not machine.memory_bytes:
         raise PlanError(f'machine {name}: its profile does not know the memory: say memory = "…GiB"')
-    device = table.take("device", str, known.device)
+    device = host_profile.device(table.take("device", str, known.device))
     table.finish()
     return FleetMachine(machine, device, estimated)
 

@@ -5,6 +5,7 @@ No torch and no RabbitMQ may be imported here; measuring is `profiling.py` and `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from mqinfer.toml_table import Table, document, read_file, replace_file, string
 
 #: Seconds by rows, rows rising.
 Points = tuple[tuple[int, float], ...]
+#: As PyTorch calls devices; "gpu", as people do, it does not know.
+_DEVICE = re.compile(r"(?!gpu)[a-z]+(:[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +120,7 @@ def loads(text: str) -> HostProfile:
     link = Table(top.take("link", dict), "link.") if "link" in top else None
     profile = HostProfile(
         host=top.take("host", str),
-        device=top.take("device", str),
+        device=device(top.take("device", str)),
         threads=top.take("threads", int),
         memory_bytes=top.take("memory_bytes", int),
         model=model.take("name", str),
@@ -136,6 +139,13 @@ def loads(text: str) -> HostProfile:
     for table in (top, model, seconds, *([link] if link else [])):
         table.finish()
     return profile
+
+
+def device(name: str) -> str:
+    """The name. Raises: PlanError where no device can have it: it becomes a part of commands."""
+    if not _DEVICE.fullmatch(name):
+        raise PlanError(f"device: {name!r} is no device: write cpu, cuda or, for the second GPU, cuda:1")
+    return name
 
 
 def _link(table: Table) -> LinkProfile:

@@ -195,6 +195,10 @@ WRONG = {
     machine("a", 'profile = "other.toml"'): "was measured with another model",
     machine("a", 'profile = "half.toml"'): "was measured in bfloat16, not in float32",
     machine("a", 'profile = "unknown.toml"'): "machine a: its profile does not know the memory",
+    machine("a", 'profile = "shell.toml"'): r"device: 'cpu\ntouch PWNED #' is no device: write cpu, cuda or",
+    machine("a", 'profile = "host.toml"\ndevice = "cuda:1; reboot"'): "device: 'cuda:1; reboot' is no device",
+    machine("a", 'gpu = "T4"\ndevice = "gpu"'): "device: 'gpu' is no device",
+    machine("a", 'gpu = "T4"\ndevice = ""'): "device: '' is no device",
 }
 
 
@@ -206,11 +210,23 @@ def test_what_is_wrong_in_a_fleet_s_file_is_said_in_a_sentence(
     host_profile.write(profile_of(model, fingerprint="x"), tmp_path / "other.toml")
     host_profile.write(profile_of(model, dtype="bfloat16"), tmp_path / "half.toml")
     host_profile.write(profile_of(model, memory_bytes=0), tmp_path / "unknown.toml")
+    host_profile.write(profile_of(model, device="cpu\ntouch PWNED #"), tmp_path / "shell.toml")
     (tmp_path / "fleet.toml").write_text(text)
     ended = say("plan", model, "--fleet", tmp_path / "fleet.toml")
     assert ended.code == 2
     assert re.fullmatch(r"mqinfer: [^\n]+\n", ended.err)
     assert WRONG[text] in ended.err
+
+
+def test_a_plan_s_file_can_not_end_a_comment_of_the_commands(
+    say: Callable[..., Ended], model: Path, fleet: Path, tmp_path: Path
+) -> None:
+    ended = say(
+        "plan", model, "--fleet", fleet, *WHERE, "-o", tmp_path / "a\ntouch PWNED", "--commands", tmp_path / "s"
+    )
+    assert ended.code == 2
+    assert "--output: a file with unprintable characters in its name can't stand in the commands" in ended.err
+    assert [path.name for path in tmp_path.iterdir() if path.name == "s" or "PWNED" in path.name] == []
 
 
 @pytest.mark.parametrize(

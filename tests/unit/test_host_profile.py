@@ -61,6 +61,8 @@ def test_what_is_written_is_read(profile: HostProfile, tmp_path: Path) -> None:
         ("[[1, 0.1]]", "[]", "seconds.embedding: there is none"),
         ("layer_prefill_token = 1.5e-06", "layer_prefill_token = nan", "seconds.layer_prefill_token: nan is not"),
         ("[model]", "[model", "not TOML"),
+        ('"cuda:1"', '"gpu"', "device: 'gpu' is no device: write cpu, cuda or, for the second GPU, cuda:1"),
+        ('"cuda:1"', '"cpu; reboot"', "device: 'cpu; reboot' is no device"),
     ],
 )
 def test_what_is_wrong_in_a_profile_is_named(old: str, new: str, said: str) -> None:
