@@ -125,7 +125,7 @@ class Model:
 class Load:
     """What the pipeline is to carry."""
 
-    #: Positions that each row reaches, its prompt among them: so many keys and values must have room.
+    #: Positions that each row reaches, its prompt among them.
     context_tokens: int
     #: Of those, the prompt's.
     prompt_tokens: int
@@ -133,6 +133,8 @@ class Load:
     concurrency: int
     #: Rows of one microbatch at most.
     microbatch_rows: int = 64
+    #: The cache gives a row room in multiples of this.
+    kv_round_tokens: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_tokens < self.context_tokens:
@@ -141,6 +143,11 @@ class Load:
             )
         if min(self.concurrency, self.microbatch_rows) < 1:
             raise SettingsError("at least one row must be in flight")
+
+    @property
+    def kv_tokens(self) -> int:
+        """Positions of each row whose keys and values must have room."""
+        return -(-self.context_tokens // self.kv_round_tokens) * self.kv_round_tokens
 
     @property
     def prompt_share(self) -> float:
@@ -196,7 +203,7 @@ def worker_rates(model: Model, load: Load, machine: Machine, flight: Flight, bus
 def rows_held(model: Model, load: Load, machine: Machine, first: int, end: int) -> int:
     """Rows whose keys and values have room beside the layers [first, end); all in flight at most."""
     room_bytes = machine.memory_bytes - model.fixed_bytes(first, end)
-    row_bytes = load.context_tokens * model.kv_layer_token_bytes * (end - first)
+    row_bytes = load.kv_tokens * model.kv_layer_token_bytes * (end - first)
     if room_bytes < 0:
         return 0
     return min(room_bytes // row_bytes, load.concurrency) if row_bytes else load.concurrency

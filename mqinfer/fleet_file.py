@@ -182,14 +182,18 @@ def stage_costs(facts: CheckpointFacts, profile: HostProfile, rows: int) -> list
 
 
 def load_of(context_tokens: int, prompt_tokens: int | None, concurrency: int, facts: CheckpointFacts) -> Load:
-    """What is to be carried, the context rounded up as the cache does. Raises: PlanError."""
+    """What is to be carried. Raises: PlanError."""
     if context_tokens > facts.context_tokens:
         raise PlanError(f"--context {context_tokens}: the model was made for {facts.context_tokens} positions")
     prompt = context_tokens // 2 if prompt_tokens is None else prompt_tokens
     if not 0 <= prompt < context_tokens:
         raise PlanError(f"--prompt-tokens {prompt}: a row has {context_tokens} positions in all (--context)")
-    rounded = -(-context_tokens // KV_ROUND_TOKENS) * KV_ROUND_TOKENS
-    return Load(context_tokens=rounded, prompt_tokens=prompt, concurrency=concurrency)
+    return Load(
+        context_tokens=context_tokens,
+        prompt_tokens=prompt,
+        concurrency=concurrency,
+        kv_round_tokens=KV_ROUND_TOKENS,
+    )
 
 
 def _bytes(name: str, text: str) -> int:

@@ -124,7 +124,7 @@ def alone(
     weights += ends * (shape.head_bytes + shape.head_working_bytes)
     weights -= (begins and ends and shape.tied) * min(shape.embedding_bytes, shape.head_bytes)
     room = one.memory_bytes - weights
-    row_bytes = load.context_tokens * shape.kv_layer_token_bytes * count
+    row_bytes = load.kv_tokens * shape.kv_layer_token_bytes * count
     held = np.where(row_bytes > 0, room // np.maximum(row_bytes, 1), load.concurrency)
     return brought * rows / period_s, np.where(room < 0, 0, np.minimum(held, load.concurrency)) / load.concurrency
 
@@ -257,7 +257,7 @@ def test_a_plan_has_every_layer_once_and_no_machine_twice_and_passes_no_memory(f
     assert [own + idle for own, idle in zip(used, plan.idle, strict=True)] == [one.count for one in machines]
     assert min(plan.idle) >= 0
     for stage in plan.stages:
-        row_bytes = load.context_tokens * shape.kv_layer_token_bytes * (stage.end - stage.first)
+        row_bytes = load.kv_tokens * shape.kv_layer_token_bytes * (stage.end - stage.first)
         assert sum(serving.rows * serving.count for serving in stage.serving) >= load.concurrency
         for serving in stage.serving:
             assert serving.kv_bytes >= serving.rows * row_bytes

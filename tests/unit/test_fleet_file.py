@@ -1,0 +1,38 @@
+"""A fleet's file and a checkpoint's facts as planning takes them, without torch."""
+
+from __future__ import annotations
+
+import pytest
+
+from mqinfer import fleet_file, kv_cache
+from mqinfer.anatomy import Anatomy, LayerFacts
+from mqinfer.checkpoint import CheckpointFacts
+
+FACTS = CheckpointFacts(
+    revision="",
+    fingerprint="f1",
+    model_type="llama",
+    hidden_size=64,
+    vocab_size=1000,
+    context_tokens=4096,
+    eos_tokens=(),
+    anatomy=Anatomy(
+        layers=(LayerFacts(parameters=1000, active=1000),) * 4,
+        embedding=64_000,
+        final=64,
+        head=64_000,
+        tied=False,
+        kv_elements=128,
+        dtype="F32",
+    ),
+)
+
+
+@pytest.mark.parametrize(("context", "prompt", "share"), [(100, 90, 9), (65, 64, 64), (64, 32, 1)])
+def test_room_that_the_cache_rounds_up_is_not_taken_for_tokens_to_generate(
+    context: int, prompt: int, share: float
+) -> None:
+    load = fleet_file.load_of(context, prompt, 8, FACTS)
+    assert load.prompt_share == share
+    assert load.context_tokens == context
+    assert load.kv_tokens == -(-context // kv_cache.ROUND_TOKENS) * kv_cache.ROUND_TOKENS
