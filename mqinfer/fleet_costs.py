@@ -188,13 +188,16 @@ def forward_s(model: Model, load: Load, speed: Speed, first: int, end: int, rows
     return seconds + (speed.head.at(rows) if end == len(model.layers) else 0.0)
 
 
-def worker_rates(model: Model, load: Load, machine: Machine, flight: Flight, busy_s: Sequence[float]) -> list[float]:
+def worker_rates(
+    model: Model, load: Load, machine: Machine, flight: Flight, first: int, end: int, busy_s: Sequence[float]
+) -> list[float]:
     """Tokens per second of workers whose forwards take `busy_s`, where their stage bounds the others.
 
     A forward's period is its own time; or, where few microbatches are under way, that of one on its way here and
-    computed; or what its hidden states take over the link.
+    computed; or what its hidden states take over the link: only tokens come to layer 0 and leave the last one.
     """
-    sent_bytes = flight.rows * (1 + load.prompt_share) * model.hidden_bytes
+    ways = ((first > 0) + (end < len(model.layers))) / 2  # the link's speed is that of there and back
+    sent_bytes = ways * flight.rows * (1 + load.prompt_share) * model.hidden_bytes
     sent_s = sent_bytes / machine.link_bytes_per_s if machine.link_bytes_per_s else 0.0
     least_s, way_s, brought = max(sent_s, 1e-9), machine.hop_s + sent_s, flight.brought * flight.rows
     return [brought / max(busy, least_s, (busy + way_s) / flight.per_worker) for busy in busy_s]

@@ -57,7 +57,7 @@ class Cutter:
         if (known := self._rates.get(key)) is None:
             machine = self._machines[kind]
             busy_s = forward_s(self._model, self._load, machine.speed, first, end, spread.rows)
-            [known] = worker_rates(self._model, self._load, machine, spread, [busy_s])
+            [known] = worker_rates(self._model, self._load, machine, spread, first, end, [busy_s])
             self._rates[key] = known
         return known
 

@@ -128,8 +128,8 @@ class _Planner:
         short_bytes = self._short_bytes()
         if short_bytes:
             return Shortage(short_bytes)
-        for spread, find in self._lattice_searches(self._lattice) if self._lattice else self._line_searches():
-            self._climb(spread, find)
+        for terms, find in self._lattice_searches(self._lattice) if self._lattice else self._line_searches():
+            self._climb(terms, find)
         self._polish()
         if not self._best[0]:
             return Shortage(max(layer.weight_bytes for layer in self._model.layers))  # only mean layers fit
@@ -137,15 +137,16 @@ class _Planner:
 
     # -- searching the rate ----------------------------------------------------------------------
 
-    def _lattice_searches(self, lattice: Lattice) -> Iterator[tuple[Flight, Find]]:
+    def _lattice_searches(self, lattice: Lattice) -> Iterator[tuple[Terms, Find]]:
         for workers in range(1, sum(self._counts) + 1):
             for single in (True, False):
                 if (single and workers > len(self._model.layers)) or (workers == 1 and not single):
                     continue
                 spread = flight(workers, workers if single else 1, self._load)
-                yield spread, partial(_in_lattice, lattice, self._terms(spread), workers, single)
+                terms = self._terms(spread)
+                yield terms, partial(_in_lattice, lattice, terms, workers, single)
 
-    def _line_searches(self) -> Iterator[tuple[Flight, Find]]:
+    def _line_searches(self) -> Iterator[tuple[Terms, Find]]:
         total = sum(self._counts)
         sizes = [total]
         step = WORKERS_STEP if len(self._machines) <= MANY_KINDS else MANY_KINDS_STEP
@@ -160,7 +161,7 @@ class _Planner:
                 busy = self._foremost(terms, workers)
                 self._offer((busy,))
                 for line in self._lines(busy, spread):
-                    yield spread, partial(_on_line, line, terms, single)
+                    yield terms, partial(_on_line, line, terms, single)
                     if single:  # their order is all the same then
                         break
 
@@ -192,13 +193,12 @@ class _Planner:
     def _terms(self, spread: Flight) -> Terms:
         return Terms(fleet_search.rates(self._alike, self._load, self._machines, spread), self._shares)
 
-    def _climb(self, spread: Flight, find: Find) -> None:
+    def _climb(self, terms: Terms, find: Find) -> None:
         """The highest rate at which all layers are carried, if it is above the best one so far."""
         layers = len(self._model.layers)
         high = sum(
-            machine.count * self._cutter.rate(kind, 0, 1, spread)
-            for kind, machine in enumerate(self._machines)
-            if machine.count
+            count * max(rate for place in by_rate for rate in place[1:])
+            for count, by_rate in zip(self._counts, terms.rates, strict=True)
         )
         low = self._best[0] * GAIN or high * 1e-6
         found = find(low)
