@@ -29,7 +29,10 @@ HOP_S = 0.002
 WORKING_TENSORS, LOGITS = 24, 3
 #: The cache gives a row room in multiples of this.
 KV_ROUND_TOKENS = 64
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+#: A machine's name, a part of its units' instances: mqinfer-worker@STAGE-NAME-NUMBER.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{,99}")
+#: What deploy/mqinfer-worker@.service takes for the device there.
+_UNIT_DEVICE = re.compile(r"gpu[0-9].*|cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,11 @@ class _Known:
 def _machine(table: Table, folder: Path, facts: CheckpointFacts, dtype: str, load: Load) -> FleetMachine:
     name = table.take("name", str)
     if not _NAME.fullmatch(name):
-        raise PlanError(f"machine.name: {name!r} can't be a part of a unit's name: letters, digits, '_' and '.'")
+        raise PlanError(
+            f"machine.name: {name!r} can't be a part of a unit's name: at most 100 letters, digits, '_' and '.'"
+        )
+    if _UNIT_DEVICE.fullmatch(name):
+        raise PlanError(f"machine.name: {name!r} would be taken for the worker's device: write another one")
     count, memory = table.take("count", int, 1), table.take("memory", str, "")
     if count < 1:
         raise PlanError(f"machine {name}: its count is {count}")
