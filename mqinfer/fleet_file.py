@@ -51,9 +51,15 @@ def read_fleet(path: Path, facts: CheckpointFacts, dtype: str, load: Load) -> li
 
     def loads(text: str) -> list[FleetMachine]:
         top = document(text)
-        tables = [Table(_dict(value), "machine.") for value in top.take("machine", list)]
+        tables = [_dict(value) for value in top.take("machine", list)]
         top.finish()
-        machines = [_machine(table, path.parent, facts, dtype, load) for table in tables]
+        machines = []
+        for number, table in enumerate(tables, 1):
+            try:
+                machines.append(_machine(Table(table, ""), path.parent, facts, dtype, load))
+            except PlanError as error:
+                name = table.get("name")
+                raise PlanError(f"machine {name if _is_name(name) else number}: {error}") from error
         names = [machine.machine.name for machine in machines]
         if not machines or len(set(names)) < len(names):
             raise PlanError("machine: there is none" if not names else f"machine: a name is there twice: {names}")
@@ -75,18 +81,16 @@ class _Known:
 
 def _machine(table: Table, folder: Path, facts: CheckpointFacts, dtype: str, load: Load) -> FleetMachine:
     name = table.take("name", str)
-    if not _NAME.fullmatch(name):
-        raise PlanError(
-            f"machine.name: {name!r} can't be a part of a unit's name: at most 100 letters, digits, '_' and '.'"
-        )
+    if not _is_name(name):
+        raise PlanError(f"name: {name!r} can't be a part of a unit's name: at most 100 letters, digits, '_' and '.'")
     if _UNIT_DEVICE.fullmatch(name):
-        raise PlanError(f"machine.name: {name!r} would be taken for the worker's device: write another one")
+        raise PlanError(f"name: {name!r} would be taken for the worker's device: write another one")
     count, memory = table.take("count", int, 1), table.take("memory", str, "")
     if count < 1:
-        raise PlanError(f"machine {name}: its count is {count}")
+        raise PlanError(f"its count is {count}")
     estimated = "gpu" in table
     if ("profile" in table) == estimated:
-        raise PlanError(f"machine {name}: give it either a profile or a gpu")
+        raise PlanError("give it either a profile or a gpu")
     if estimated:
         known = _estimate(table.take("gpu", str), facts, dtype, load)
     else:
@@ -94,13 +98,13 @@ def _machine(table: Table, folder: Path, facts: CheckpointFacts, dtype: str, loa
     machine = Machine(
         name=name,
         count=count,
-        memory_bytes=_bytes(name, memory) if memory else known.memory_bytes,
+        memory_bytes=_bytes(memory) if memory else known.memory_bytes,
         speed=known.speed,
         hop_s=known.hop_s,
         link_bytes_per_s=known.link_bytes_per_s,
     )
     if not machine.memory_bytes:
-        raise PlanError(f'machine {name}: its profile does not know the memory: say memory = "…GiB"')
+        raise PlanError('its profile does not know the memory: say memory = "…GiB"')
     device = host_profile.device(table.take("device", str, known.device))
     table.finish()
     return FleetMachine(machine, device, estimated)
@@ -185,7 +189,7 @@ def stage_costs(facts: CheckpointFacts, profile: HostProfile, rows: int) -> list
     seconds = [work * speed.layer.at(rows) for work in works(facts)]
     seconds[0] += speed.embedding.at(rows)
     seconds[-1] += speed.head.at(rows)
-    return [round(1e9 * own) for own in seconds]
+    return [max(round(1e9 * own), 1) for own in seconds]
 
 
 def load_of(context_tokens: int, prompt_tokens: int | None, concurrency: int, facts: CheckpointFacts) -> Load:
@@ -203,11 +207,18 @@ def load_of(context_tokens: int, prompt_tokens: int | None, concurrency: int, fa
     )
 
 
-def _bytes(name: str, text: str) -> int:
+def _bytes(text: str) -> int:
     try:
-        return int(parse_bytes(text))
+        found = int(parse_bytes(text))
     except ValueError as error:
-        raise PlanError(f"machine {name}: memory {text!r}: {error}") from error
+        raise PlanError(f"memory: {text!r}: {error}") from error
+    if not 0 < found < host_profile.MOST:
+        raise PlanError(f"memory: {text!r} is none" if not found else "memory: more than a machine can have")
+    return found
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -185,16 +185,25 @@ WRONG = {
     "machine = [3]": "machine: 3 is not a table: write [[machine]]",
     machine("a", ""): "machine a: give it either a profile or a gpu",
     machine("a", 'gpu = "T4"\nprofile = "host.toml"'): "machine a: give it either a profile or a gpu",
-    machine("a", 'gpu = "A100"'): "gpu: 'A100' is not known, is it 'A100-80GB' or 'A100-40GB'? Known are: H200, ",
-    machine("a", 'gpu = "T4"\ncuont = 2'): "unknown key: machine.cuont",
+    machine(
+        "a", 'gpu = "A100"'
+    ): "machine a: gpu: 'A100' is not known, is it 'A100-80GB' or 'A100-40GB'? Known are: H200, ",
+    machine("a", 'gpu = "T4"\ncuont = 2'): "machine a: unknown key: cuont",
     machine("a", 'gpu = "T4"\ncount = 0'): "machine a: its count is 0",
-    machine("a", 'gpu = "T4"\nmemory = "4Gxx"'): "machine a: memory '4Gxx': write a size such as 4GiB",
+    machine("a", 'gpu = "T4"\nmemory = "4Gxx"'): "machine a: memory: '4Gxx': write a size such as 4GiB",
     machine("a", 'gpu = "T4"') * 2: "machine: a name is there twice: ['a', 'a']",
-    machine("a-b", 'gpu = "T4"'): "machine.name: 'a-b' can't be a part of a unit's name",
+    machine("a-b", 'gpu = "T4"'): "machine 1: name: 'a-b' can't be a part of a unit's name",
+    machine("a", 'gpu = "T4"') + "[[machine]]\ncount = 2": "machine 2: name: missing",
     machine("gpu4090", 'gpu = "T4"'): "name: 'gpu4090' would be taken for the worker's device: write another one",
     machine("cpu", 'gpu = "T4"'): "name: 'cpu' would be taken for the worker's device",
     machine("a" * 101, 'gpu = "T4"'): "can't be a part of a unit's name: at most 100 letters, digits, '_' and '.'",
     machine("a", 'profile = "none.toml"'): "can't read the profile",
+    machine("a", r'profile = "a\u0000b"'): r"a\x00b': embedded null byte",
+    machine("a", 'gpu = "T4"\nmemory = "0"'): "machine a: memory: '0' is none",
+    machine("a", f'gpu = "T4"\nmemory = "{10**40}"'): "memory: more than a machine can have",
+    "machine = " + "[" * 3000: "not TOML: its brackets are nested too deeply",
+    machine("a", "count = 1" + "0" * 5000): "not TOML: ",
+    machine("a", 'gpu = "T4"\ndtype = "x"'): "machine a: unknown key: dtype",
     machine("a", 'profile = "other.toml"'): "was measured with another model",
     machine("a", 'profile = "half.toml"'): "was measured in bfloat16, not in float32",
     machine("a", 'profile = "unknown.toml"'): "machine a: its profile does not know the memory",
@@ -205,7 +214,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
 def test_what_is_wrong_in_a_fleet_s_file_is_said_in_a_sentence(
     text: str, say: Callable[..., Ended], model: Path, tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mqinfer import fleet_file, kv_cache
+from mqinfer import fleet_file, host_profile, kv_cache
 from mqinfer.anatomy import Anatomy, LayerFacts
 from mqinfer.checkpoint import CheckpointFacts
 
@@ -36,3 +36,25 @@ def test_room_that_the_cache_rounds_up_is_not_taken_for_tokens_to_generate(
     assert load.prompt_share == share
     assert load.context_tokens == context
     assert load.kv_tokens == -(-context // kv_cache.ROUND_TOKENS) * kv_cache.ROUND_TOKENS
+
+
+def test_a_layer_has_a_cost_however_little_time_it_takes() -> None:
+    nothing = ((1, 0.0),)
+    profile = host_profile.HostProfile(
+        host="h",
+        device="cpu",
+        threads=0,
+        model="m",
+        fingerprint="f1",
+        dtype="float32",
+        memory_bytes=0,
+        context_tokens=64,
+        prefill_tokens=64,
+        layers=2,
+        forward=nothing,
+        layer=((1, 1e-12),),
+        head=nothing,
+        embedding=nothing,
+        layer_prefill_token_s=0.0,
+    )
+    assert fleet_file.stage_costs(FACTS, profile, 32) == [1, 1, 1, 1]
