@@ -123,6 +123,8 @@ def _estimate(name: str, facts: CheckpointFacts, dtype: str, load: Load) -> _Kno
         hint = f", is it {' or '.join(map(repr, near))}?" if near else "."
         raise PlanError(f"gpu: {name!r} is not known{hint} Known are: {', '.join(gpus.GPUS)}")
     gpu, itemsize, layers = gpus.GPUS[name], DTYPES[dtype], facts.anatomy.layers
+    if dtype == "bfloat16" and not gpu.bfloat16:
+        raise PlanError(f"gpu: {name} has no bfloat16: plan with --dtype float16")
     work = gpus.Work(
         layer_parameters=mean(layer.parameters for layer in layers),
         layer_active=mean(layer.active for layer in layers),

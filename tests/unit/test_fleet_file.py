@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mqinfer import fleet_file, host_profile, kv_cache
 from mqinfer.anatomy import Anatomy, LayerFacts
 from mqinfer.checkpoint import CheckpointFacts
+from mqinfer.errors import PlanError
 
 FACTS = CheckpointFacts(
     revision="",
@@ -58,3 +61,14 @@ def test_a_layer_has_a_cost_however_little_time_it_takes() -> None:
         layer_prefill_token_s=0.0,
     )
     assert fleet_file.stage_costs(FACTS, profile, 32) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("gpu", ["T4", "P100", "V100-16GB"])
+def test_a_gpu_without_bfloat16_is_not_planned_for_in_it(gpu: str, tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet.toml"
+    fleet.write_text(f'[[machine]]\nname = "a"\ngpu = "{gpu}"\n')
+    load = fleet_file.load_of(64, 0, 8, FACTS)
+    with pytest.raises(PlanError, match=f"machine a: gpu: {gpu} has no bfloat16: plan with --dtype float16"):
+        fleet_file.read_fleet(fleet, FACTS, "bfloat16", load)
+    [found] = fleet_file.read_fleet(fleet, FACTS, "float16", load)
+    assert found.estimated
