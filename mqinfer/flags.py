@@ -102,7 +102,9 @@ Concurrency = Annotated[
 ]
 Commands = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="With --fleet: write the commands that start it here. Default: print them."),
+    typer.Option(
+        metavar="FILE", help="With --fleet and -o: write the commands that start it here. Default: print them."
+    ),
 ]
 ProfiledModel = Annotated[
     str, typer.Option("--model", metavar="PATH_OR_ID", help="The checkpoint: a folder or a hub id.")

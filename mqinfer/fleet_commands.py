@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ def plan_for_fleet(model: str, options: FleetOptions) -> None:
     """Print the assignment; write the plan and the commands that start it. Raises: PlanError."""
     if options.dtype not in DTYPES:
         raise PlanError(f"dtype: {options.dtype!r} is not one of {', '.join(DTYPES)}")
+    if options.commands is not None and options.output is None:
+        raise PlanError("--commands: they start a plan's file, so give -o too")
     if not str(options.output).isprintable():
         raise PlanError("--output: a file with unprintable characters in its name can't stand in the commands")
     facts = checkpoint.facts(model, options.revision)
@@ -146,8 +148,7 @@ def start_commands(pipeline: Path, found: FleetPlan, fleet: Sequence[FleetMachin
     yield ""
     yield "# any machine: the coordinator"
     yield f"mqinfer coordinator -p {file} --rows {load.concurrency}"
-    yield f"#   echo MQINFER_ROWS={load.concurrency} >> /etc/mqinfer/mqinfer.env"
-    yield "#   systemctl enable --now mqinfer-coordinator"
+    yield from _service("mqinfer-coordinator", file, "coordinator", {"MQINFER_ROWS": load.concurrency})
     started = [0] * len(fleet)
     for number, stage in enumerate(found.stages):
         for serving in stage.serving:
@@ -160,9 +161,16 @@ def start_commands(pipeline: Path, found: FleetPlan, fleet: Sequence[FleetMachin
                 yield ""
                 yield f"# {name}, {at} of {member.machine.count}: stage {number}, layers [{stage.first}, {stage.end})"
                 yield f"mqinfer worker -p {file} --stage {number} --device {device} --kv-bytes {kv_bytes}"
-                settings = f"'MQINFER_DEVICE=%s\\nMQINFER_KV_BYTES=%s\\n' {device} {kv_bytes}"
-                yield f"#   printf {settings} > /etc/mqinfer/worker-{instance}.env"
-                yield f"#   systemctl enable --now mqinfer-worker@{instance}"
+                settings = {"MQINFER_DEVICE": device, "MQINFER_KV_BYTES": kv_bytes}
+                yield from _service(f"mqinfer-worker@{instance}", file, f"worker-{instance}", settings)
+
+
+def _service(unit: str, file: str, own: str, settings: Mapping[str, object]) -> Iterator[str]:
+    """The unit's start as comments: the plan where mqinfer.env looks for it, the settings of its `own` env file."""
+    lines = "".join(f"{key}=%s\\n" for key in settings)
+    yield f"#   install -m 644 {file} /etc/mqinfer/pipeline.toml"
+    yield f"#   printf '{lines}' {' '.join(map(str, settings.values()))} > /etc/mqinfer/{own}.env"
+    yield f"#   systemctl enable --now mqinfer.target {unit}"
 
 
 def measured_costs(model: str, profile: Path, dtype: str, revision: str) -> tuple[CheckpointFacts, list[int]]:

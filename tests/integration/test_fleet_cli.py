@@ -114,8 +114,13 @@ def test_a_fleet_gets_a_plan_a_table_and_the_commands_that_start_it(
     assert {int(stage) for _, stage in workers} == set(range(len(plan.stages)))
     assert {name for name, _ in workers} == {str(path)}
     for number, (_, stage) in enumerate(workers, 1):
-        assert f"systemctl enable --now mqinfer-worker@{stage}-box-{number}\n" in text
-    assert subprocess.run(["sh", "-n", script], check=False).returncode == 0
+        assert f"\n#   systemctl enable --now mqinfer.target mqinfer-worker@{stage}-box-{number}\n" in text
+    assert "\n#   printf 'MQINFER_ROWS=%s\\n' 8 > /etc/mqinfer/coordinator.env\n" in text
+    assert "\n#   systemctl enable --now mqinfer.target mqinfer-coordinator\n" in text
+    assert text.count(f"\n#   install -m 644 {path} /etc/mqinfer/pipeline.toml\n") == 1 + len(workers)
+    as_services = re.sub("^#   ", "", text, flags=re.MULTILINE)
+    for commands in (text, as_services):
+        assert subprocess.run(["sh", "-n"], input=commands, text=True, check=False).returncode == 0
 
 
 def test_without_a_file_for_them_the_commands_are_printed(say: Callable[..., Ended], model: Path, fleet: Path) -> None:
@@ -247,6 +252,7 @@ def test_a_plan_s_file_can_not_end_a_comment_of_the_commands(
         ("plan {model} --stages 2 --concurrency 3 --json", "--concurrency, --json: only with --fleet FILE"),
         ("plan {model} --stages 2 --fleet {fleet}", "--fleet chooses the stages: leave out --stages, --cut and"),
         ("plan {model} --fleet nowhere.toml", "can't read the fleet nowhere.toml: No such file or directory"),
+        ("plan {model} --fleet {fleet} --commands x.sh", "--commands: they start a plan's file, so give -o too"),
         ("plan {model} --fleet {fleet} --context 9999", "--context 9999: the model was made for 256 positions"),
         ("plan {model} --fleet {fleet} --context 8 --prompt-tokens 8", "a row has 8 positions in all"),
         ("plan {model} --fleet {fleet} --dtype float8", "dtype: 'float8' is not one of float32,"),
