@@ -158,10 +158,14 @@ def start_commands(pipeline: Path, found: FleetPlan, fleet: Sequence[FleetMachin
                 name, at = member.machine.name, started[serving.machine]
                 instance, kv_bytes = f"{number}-{name}-{at}", max(serving.kv_bytes, 1)
                 device = shlex.quote(member.device)
+                settings = {"MQINFER_DEVICE": device, "MQINFER_KV_BYTES": kv_bytes}
+                command = f"mqinfer worker -p {file} --stage {number} --device {device} --kv-bytes {kv_bytes}"
+                if member.threads:
+                    settings["MQINFER_THREADS"] = member.threads
+                    command += f" --threads {member.threads}"
                 yield ""
                 yield f"# {name}, {at} of {member.machine.count}: stage {number}, layers [{stage.first}, {stage.end})"
-                yield f"mqinfer worker -p {file} --stage {number} --device {device} --kv-bytes {kv_bytes}"
-                settings = {"MQINFER_DEVICE": device, "MQINFER_KV_BYTES": kv_bytes}
+                yield command
                 yield from _service(f"mqinfer-worker@{instance}", file, f"worker-{instance}", settings)
 
 

@@ -42,6 +42,8 @@ class FleetMachine:
     machine: Machine
     #: What to start a worker with.
     device: str
+    #: CPU threads of the compute, as it was profiled; 0: all.
+    threads: int
     #: Whether its speed is a roofline's.
     estimated: bool
 
@@ -75,6 +77,7 @@ class _Known:
     speed: Speed
     memory_bytes: int
     device: str
+    threads: int = 0
     hop_s: float = HOP_S
     link_bytes_per_s: float = 0.0
 
@@ -107,12 +110,17 @@ def _machine(table: Table, folder: Path, facts: CheckpointFacts, dtype: str, loa
         raise PlanError('its profile does not know the memory: say memory = "…GiB"')
     device = host_profile.device(table.take("device", str, known.device))
     table.finish()
-    return FleetMachine(machine, device, estimated)
+    return FleetMachine(machine, device, known.threads, estimated)
 
 
 def _measured(profile: HostProfile) -> _Known:
     link = profile.link
-    known = _Known(speed=speed_of(profile), memory_bytes=profile.memory_bytes, device=profile.device)
+    known = _Known(
+        speed=speed_of(profile),
+        memory_bytes=profile.memory_bytes,
+        device=profile.device,
+        threads=profile.threads,
+    )
     return replace(known, hop_s=link.hop_s, link_bytes_per_s=link.bytes_per_s) if link else known
 
 

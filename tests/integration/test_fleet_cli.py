@@ -109,7 +109,9 @@ def test_a_fleet_gets_a_plan_a_table_and_the_commands_that_start_it(
     assert re.search(r"one more box: \d+\.\d tokens/s \(\+\d+%\)", ended.out)
     assert "mqinfer worker" not in ended.out
     text = script.read_text()
-    workers = re.findall(r"^mqinfer worker -p (\S+) --stage (\d) --device cpu --kv-bytes \d+$", text, re.MULTILINE)
+    workers = re.findall(
+        r"^mqinfer worker -p (\S+) --stage (\d) --device cpu --kv-bytes \d+ --threads 1$", text, re.MULTILINE
+    )
     assert workers
     assert {int(stage) for _, stage in workers} == set(range(len(plan.stages)))
     assert {name for name, _ in workers} == {str(path)}
@@ -118,6 +120,7 @@ def test_a_fleet_gets_a_plan_a_table_and_the_commands_that_start_it(
     assert "\n#   printf 'MQINFER_ROWS=%s\\n' 8 > /etc/mqinfer/coordinator.env\n" in text
     assert "\n#   systemctl enable --now mqinfer.target mqinfer-coordinator\n" in text
     assert text.count(f"\n#   install -m 644 {path} /etc/mqinfer/pipeline.toml\n") == 1 + len(workers)
+    assert text.count("MQINFER_DEVICE=%s\\nMQINFER_KV_BYTES=%s\\nMQINFER_THREADS=%s\\n' cpu ") == len(workers)
     as_services = re.sub("^#   ", "", text, flags=re.MULTILINE)
     for commands in (text, as_services):
         assert subprocess.run(["sh", "-n"], input=commands, text=True, check=False).returncode == 0
@@ -127,6 +130,15 @@ def test_without_a_file_for_them_the_commands_are_printed(say: Callable[..., End
     ended = say("plan", model, "--fleet", fleet, *WHERE)
     assert "mqinfer worker -p pipeline.toml --stage 0" in ended.out
     assert "nothing was written" in ended.err
+
+
+def test_a_worker_has_all_threads_where_its_profile_had(
+    say: Callable[..., Ended], model: Path, fleet: Path, tmp_path: Path
+) -> None:
+    host_profile.write(profile_of(model, threads=0), tmp_path / "host.toml")
+    out = say("plan", model, "--fleet", fleet, *WHERE).out
+    assert "mqinfer worker -p pipeline.toml" in out
+    assert "threads" not in out.lower()
 
 
 def test_the_assignment_is_there_for_machines_too(say: Callable[..., Ended], model: Path, fleet: Path) -> None:
