@@ -26,6 +26,8 @@ from mqinfer.transports import open_transport
 CONTEXT_TOKENS = 2048
 #: And where rows decode that are profiled.
 PROFILED_TOKENS = 512
+#: How many times as far rows may decode on average before it is said that the profile is of shorter ones.
+FAR = 2
 #: Forwards' rows by which a plan without a fleet weighs head and layers where a profile is given.
 CUT_ROWS = 32
 
@@ -75,9 +77,21 @@ def plan_for_fleet(model: str, options: FleetOptions) -> None:
         console.out.print_json(data=as_json(plan, found, machines, more), indent=2)
     else:
         console.show_fleet_plan(plan, found, machines, load, more)
-        if estimated := [member.machine.name for member in fleet if member.estimated]:
-            console.say(f"estimated by peak figures, which may be far off: {', '.join(estimated)} (mqinfer profile)")
+        _remark_on_profiles(fleet, load)
     _write(plan, found, fleet, load, options)
+
+
+def _remark_on_profiles(fleet: Sequence[FleetMachine], load: Load) -> None:
+    """Say what was not measured, and what was measured with far fewer keys and values than rows will have."""
+    if estimated := [member.machine.name for member in fleet if member.estimated]:
+        console.say(f"estimated by peak figures, which may be far off: {', '.join(estimated)} (mqinfer profile)")
+    for member in fleet:
+        if member.profiled_tokens is not None and load.mean_position > FAR * member.profiled_tokens:
+            console.say(
+                f"rows decode at position {load.mean_position} on average, but {member.machine.name} was profiled at "
+                f"{member.profiled_tokens}: it will be slower than predicted; run mqinfer profile --context "
+                f"{load.mean_position}"
+            )
 
 
 def _too_small(model: str, shortage: Shortage, load: Load, machines: Sequence[Machine]) -> str:

@@ -150,6 +150,11 @@ class Load:
         return -(-self.context_tokens // self.kv_round_tokens) * self.kv_round_tokens
 
     @property
+    def mean_position(self) -> int:
+        """Where a row decodes on average."""
+        return (self.prompt_tokens + self.context_tokens) // 2
+
+    @property
     def prompt_share(self) -> float:
         """Tokens of prompts for each token that is generated."""
         return self.prompt_tokens / (self.context_tokens - self.prompt_tokens)

@@ -44,8 +44,13 @@ class FleetMachine:
     device: str
     #: CPU threads of the compute, as it was profiled; 0: all.
     threads: int
-    #: Whether its speed is a roofline's.
-    estimated: bool
+    #: At which position rows decoded when it was profiled; None: its speed is a roofline's.
+    profiled_tokens: int | None
+
+    @property
+    def estimated(self) -> bool:
+        """Whether nothing was measured."""
+        return self.profiled_tokens is None
 
 
 def read_fleet(path: Path, facts: CheckpointFacts, dtype: str, load: Load) -> list[FleetMachine]:
@@ -78,6 +83,7 @@ class _Known:
     memory_bytes: int
     device: str
     threads: int = 0
+    profiled_tokens: int | None = None
     hop_s: float = HOP_S
     link_bytes_per_s: float = 0.0
 
@@ -110,7 +116,7 @@ def _machine(table: Table, folder: Path, facts: CheckpointFacts, dtype: str, loa
         raise PlanError('its profile does not know the memory: say memory = "…GiB"')
     device = host_profile.device(table.take("device", str, known.device))
     table.finish()
-    return FleetMachine(machine, device, known.threads, estimated)
+    return FleetMachine(machine, device, known.threads, known.profiled_tokens)
 
 
 def _measured(profile: HostProfile) -> _Known:
@@ -120,6 +126,7 @@ def _measured(profile: HostProfile) -> _Known:
         memory_bytes=profile.memory_bytes,
         device=profile.device,
         threads=profile.threads,
+        profiled_tokens=profile.context_tokens,
     )
     return replace(known, hop_s=link.hop_s, link_bytes_per_s=link.bytes_per_s) if link else known
 

@@ -159,6 +159,17 @@ def test_known_gpus_are_estimated_and_said_to_be(say: Callable[..., Ended], mode
     assert "--device cuda " in ended.out
 
 
+@pytest.mark.parametrize(("profiled", "told"), [(16, True), (28, False)])
+def test_a_profile_of_rows_much_shorter_than_planned_for_is_told(
+    profiled: int, told: bool, say: Callable[..., Ended], model: Path, fleet: Path, tmp_path: Path
+) -> None:
+    host_profile.write(profile_of(model, context_tokens=profiled), tmp_path / "host.toml")
+    ended = say("plan", model, "--fleet", fleet, "--context", 64, "--prompt-tokens", 48, "--concurrency", 8)
+    assert ended.code == 0, ended.err
+    sentence = "rows decode at position 56 on average, but box was profiled at 16: it will be slower than predicted; "
+    assert (sentence + "run mqinfer profile --context 56" in ended.err) == told
+
+
 def test_a_fleet_that_is_too_small_is_short_by_so_many_bytes(
     say: Callable[..., Ended], model: Path, fleet: Path
 ) -> None:
