@@ -109,7 +109,7 @@ def profile(
     idle otherwise. Example:
 
     \b
-      mqinfer profile --model Qwen/Qwen3-32B --dtype bfloat16 --device cuda:0 -o host.toml
+      mqinfer profile --model Qwen/Qwen3-32B --dtype bfloat16 --device cuda:0 --broker @operator.broker -o host.toml
     """
     from mqinfer import fleet_commands
     from mqinfer.settings import ProfileSettings

@@ -111,7 +111,12 @@ ProfiledModel = Annotated[
 ]
 ProfileFile = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Write the profile here, in TOML.")]
 ProfileBroker = Annotated[
-    str | None, typer.Option(metavar="URL", help="Measure the link to this broker too. Default: leave it out.")
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Measure the link to this broker too, as the operator; @FILE: what that file holds. Default: leave it "
+        "out, even where MQINFER_BROKER is set, for a worker's user may not make the queue it takes.",
+    ),
 ]
 ProfileContext = Annotated[
     int | None,

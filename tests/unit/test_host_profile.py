@@ -11,7 +11,7 @@ import torch
 from families import LAYERS, Tiny, save
 
 from mqinfer import checkpoint, host_profile, link_profile, profiling
-from mqinfer.errors import PlanError
+from mqinfer.errors import PlanError, TransportError
 from mqinfer.host_profile import HostProfile, LinkProfile
 from mqinfer.observe import STAGE_LOADED, add_sink
 from mqinfer.profiling import Weights, count_layers
@@ -153,6 +153,21 @@ def test_small_layers_are_measured_many_at_once_and_no_more_than_there_is_room_f
 def test_what_can_not_be_profiled_is_said(weights: Weights, free: int | None, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         count_layers(weights, free, 40)
+
+
+async def test_a_message_that_never_comes_back_ends_the_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_profile, "WAIT_S", 0.01)
+    transport = await open_transport(f"memory://{new_id('link')}")
+
+    async def lost(queue: str, body: bytes) -> None:
+        pass
+
+    transport.publish = lost  # type: ignore[method-assign, assignment]
+    try:
+        with pytest.raises(TransportError, match="no message came back through the broker within"):
+            await link_profile.measure(transport)
+    finally:
+        await transport.close()
 
 
 async def test_a_link_is_measured_and_leaves_no_queue() -> None:
