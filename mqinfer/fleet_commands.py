@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mqinfer import checkpoint, console, fleet_file, fleet_plan, host_profile
+from mqinfer import checkpoint, console, fleet_file, fleet_growth, fleet_plan, host_profile
 from mqinfer import plan as plans
 from mqinfer.checkpoint import CheckpointFacts
 from mqinfer.errors import PlanError, SettingsError
@@ -72,13 +72,19 @@ def plan_for_fleet(model: str, options: FleetOptions) -> None:
     plan, _ = checkpoint.make_plan(
         model, cuts=cuts, dtype=options.dtype, name=options.name, revision=options.revision, found=facts
     )
-    more = fleet_plan.one_more(costs, load, machines, found)
+    more = fleet_growth.one_more(costs, load, machines, found)
     if options.as_json:
-        console.out.print_json(data=as_json(plan, found, machines, more), indent=2)
+        console.out.print_json(data=as_json(plan, found, machines, list(more)), indent=2)
     else:
-        console.show_fleet_plan(plan, found, machines, load, more)
+        console.show_fleet_plan(plan, found, machines, load)
         _remark_on_profiles(fleet, load)
-    _write(plan, found, fleet, load, options)
+    commands = "\n".join(start_commands(options.output or Path("pipeline.toml"), found, fleet, load)) + "\n"
+    _write(plan, commands, options)
+    if not options.as_json:
+        for machine, rate in zip(machines, more, strict=True):  # a plan each: what is there already has been shown
+            console.show_one_more(machine.name, rate, found.tokens_per_s)
+        if options.commands is None:
+            console.out.print(f"\n{commands}", markup=False, soft_wrap=True, end="")
 
 
 def _remark_on_profiles(fleet: Sequence[FleetMachine], load: Load) -> None:
@@ -103,22 +109,19 @@ def _too_small(model: str, shortage: Shortage, load: Load, machines: Sequence[Ma
     )
 
 
-def _write(plan: Plan, found: FleetPlan, fleet: Sequence[FleetMachine], load: Load, options: FleetOptions) -> None:
+def _write(plan: Plan, commands: str, options: FleetOptions) -> None:
     """The files that were asked for."""
     if options.output is None:
         console.say("nothing was written: give the plan a file with -o")
     else:
         plans.write(plan, options.output)
         console.say(f"wrote {options.output}")
-    text = "\n".join(start_commands(options.output or Path("pipeline.toml"), found, fleet, load)) + "\n"
     if options.commands is not None:
         try:
-            options.commands.write_text(text, encoding="utf-8")
+            options.commands.write_text(commands, encoding="utf-8")
         except OSError as error:
             raise PlanError(f"can't write the commands {options.commands}: {error.strerror}") from error
         console.say(f"wrote {options.commands}")
-    elif not options.as_json:
-        console.out.print(f"\n{text}", markup=False, soft_wrap=True, end="")
 
 
 def as_json(plan: Plan, found: FleetPlan, machines: Sequence[Machine], more: Sequence[float]) -> dict[str, Any]:

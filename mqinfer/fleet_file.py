@@ -29,6 +29,8 @@ HOP_S = 0.002
 WORKING_TENSORS, LOGITS = 24, 3
 #: The cache gives a row room in multiples of this.
 KV_ROUND_TOKENS = 64
+#: Planning takes seconds for some hundreds.
+MOST_MACHINES = 1000
 #: A machine's name, a part of its units' instances: mqinfer-worker@STAGE-NAME-NUMBER.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{,99}")
 #: What deploy/mqinfer-worker@.service takes for the device there.
@@ -70,6 +72,8 @@ def read_fleet(path: Path, facts: CheckpointFacts, dtype: str, load: Load) -> li
         names = [machine.machine.name for machine in machines]
         if not machines or len(set(names)) < len(names):
             raise PlanError("machine: there is none" if not names else f"machine: a name is there twice: {names}")
+        if (total := sum(machine.machine.count for machine in machines)) > MOST_MACHINES:
+            raise PlanError(f"machine: they are {total} in all, more than the {MOST_MACHINES} that are planned for")
         return machines
 
     return read_file(path, "the fleet", loads)

@@ -99,16 +99,6 @@ def plan_fleet(model: Model, load: Load, machines: Sequence[Machine]) -> FleetPl
     return _Planner(model, load, machines, largest).plan()  # groups that hold mean layers may not hold the real ones
 
 
-def one_more(model: Model, load: Load, machines: Sequence[Machine], plan: FleetPlan) -> list[float]:
-    """Tokens per second with one further machine, planned anew, by kind of machine."""
-    rates = []
-    for kind, machine in enumerate(machines):
-        larger = [*machines[:kind], replace(machine, count=machine.count + 1), *machines[kind + 1 :]]
-        found = plan_fleet(model, load, larger)
-        rates.append(max(plan.tokens_per_s, found.tokens_per_s if isinstance(found, FleetPlan) else 0.0))
-    return rates
-
-
 class _Planner:
     """One search."""
 

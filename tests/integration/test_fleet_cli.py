@@ -7,14 +7,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from families import Tiny, save
 
-from mqinfer import cli, host_profile, observe
+from mqinfer import cli, fleet_commands, host_profile, observe
 from mqinfer import plan as plans
 from mqinfer.checkpoint import facts
 from mqinfer.host_profile import HostProfile
@@ -126,6 +126,21 @@ def test_a_fleet_gets_a_plan_a_table_and_the_commands_that_start_it(
         assert subprocess.run(["sh", "-n"], input=commands, text=True, check=False).returncode == 0
 
 
+def test_a_plan_is_shown_and_written_before_one_more_machine_is_planned_for(
+    say: Callable[..., Ended], model: Path, fleet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> Iterator[float]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(fleet_commands.fleet_growth, "one_more", interrupted)
+    ended = say("plan", model, "--fleet", fleet, *WHERE, "-o", tmp_path / "p.toml", "--commands", tmp_path / "x.sh")
+    assert ended.code == 130
+    assert "predicted: " in ended.out
+    assert plans.read(tmp_path / "p.toml").stages[-1].end == 4
+    assert (tmp_path / "x.sh").exists()
+
+
 def test_without_a_file_for_them_the_commands_are_printed(say: Callable[..., Ended], model: Path, fleet: Path) -> None:
     ended = say("plan", model, "--fleet", fleet, *WHERE)
     assert "mqinfer worker -p pipeline.toml --stage 0" in ended.out
@@ -218,6 +233,9 @@ WRONG = {
     ): "machine a: gpu: 'A100' is not known, is it 'A100-80GB' or 'A100-40GB'? Known are: H200, ",
     machine("a", 'gpu = "T4"\ncuont = 2'): "machine a: unknown key: cuont",
     machine("a", 'gpu = "T4"\ncount = 0'): "machine a: its count is 0",
+    machine("a", 'gpu = "T4"\ncount = 1000000000'): "machine: they are 1000000000 in all, more than the 1000",
+    machine("a", 'gpu = "T4"\ncount = 500')
+    + machine("b", 'gpu = "T4"\ncount = 501'): "machine: they are 1001 in all, more than the 1000 that are planned for",
     machine("a", 'gpu = "T4"\nmemory = "4Gxx"'): "machine a: memory: '4Gxx': write a size such as 4GiB",
     machine("a", 'gpu = "T4"') * 2: "machine: a name is there twice: ['a', 'a']",
     machine("a-b", 'gpu = "T4"'): "machine 1: name: 'a-b' can't be a part of a unit's name",

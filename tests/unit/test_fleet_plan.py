@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from random_fleets import LOAD, LOAD2, Fleet, exhaustive, machine, model, random_fleet
 
-from mqinfer import fleet_search
+from mqinfer import fleet_growth, fleet_search
 from mqinfer.fleet_costs import Layer, Load, Machine, Model, flight, worker_rates
-from mqinfer.fleet_plan import FleetPlan, Shortage, one_more, plan_fleet
+from mqinfer.fleet_plan import FleetPlan, Shortage, plan_fleet
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -171,7 +171,11 @@ def test_with_one_microbatch_for_each_worker_the_way_between_them_counts() -> No
     assert LOAD.concurrency / planned(model(2), far).tokens_per_s == pytest.approx(forward + 0.006, rel=1e-3)
 
 
-def test_one_more_machine_never_makes_it_slower_and_the_right_one_faster() -> None:
+@pytest.mark.parametrize("many_kinds", [16, 1])
+def test_one_more_machine_never_makes_it_slower_and_the_right_one_faster(
+    many_kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_growth, "MANY_KINDS", many_kinds)
     shape, machines = (
         model(8, kv_layer_token_bytes=0),
         [
@@ -180,6 +184,6 @@ def test_one_more_machine_never_makes_it_slower_and_the_right_one_faster() -> No
         ],
     )
     plan = planned(shape, machines)
-    fast, hopeless = one_more(shape, LOAD, machines, plan)
+    fast, hopeless = fleet_growth.one_more(shape, LOAD, machines, plan)
     assert fast > 1.2 * plan.tokens_per_s
     assert hopeless == plan.tokens_per_s
