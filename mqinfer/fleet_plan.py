@@ -3,7 +3,7 @@
 `plan_fleet` looks for the most tokens per second by the arithmetic of `fleet_costs.py`: for each number of busy workers
 (it decides how many rows a forward has) a search over the rate, each time asking `fleet_search.py` for groups of
 machines that carry all layers at that rate; then the layers are cut exactly for the groups found, and single workers
-are moved.
+are moved. Of a small fleet with unlike layers, `fleet_order.py` finds groups for the real layers too.
 Within 5% of all possibilities for small fleets (tests/unit/test_fleet_plan.py), a good choice for large ones.
 """
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
-from mqinfer import fleet_search
+from mqinfer import fleet_moves, fleet_order, fleet_search
 from mqinfer.fleet_costs import Flight, Load, Machine, Model, flight, rows_held
 from mqinfer.fleet_cut import Cutter
 from mqinfer.fleet_search import Found, Group, Lattice, Line, Terms
@@ -93,10 +93,11 @@ def plan_fleet(model: Model, load: Load, machines: Sequence[Machine]) -> FleetPl
     """The best that was found, or what is lacking."""
     largest = max(layer.weight_bytes for layer in model.layers)
     mean = -(-model.weight_sums[-1] // len(model.layers))
-    found = _Planner(model, load, machines, mean).plan()
-    if isinstance(found, FleetPlan) or mean == largest:
-        return found
-    return _Planner(model, load, machines, largest).plan()  # groups that hold mean layers may not hold the real ones
+    planner = _Planner(model, load, machines, mean)
+    if not planner.search() and mean < largest:  # groups that hold mean layers may not hold the real ones
+        planner = _Planner(model, load, machines, largest)
+        planner.search()
+    return planner.plan(unlike=len(set(model.layers)) > 1)
 
 
 class _Planner:
@@ -111,19 +112,32 @@ class _Planner:
         self._counts = tuple(machine.count for machine in machines)
         self._shares = fleet_search.shares(self._alike, load, machines)
         self._lattice = Lattice(self._counts) if Lattice.fits(self._counts) else None
+        #: Tokens per second, groups and bounds of their stages.
         self._best: tuple[float, tuple[Group, ...], tuple[int, ...]] = (0.0, (), ())
         self._cutter = Cutter(model, load, machines)
+        #: Bytes for which such layers have no room.
+        self._lacking = 0
 
-    def plan(self) -> FleetPlan | Shortage:
-        short_bytes = self._short_bytes()
-        if short_bytes:
-            return Shortage(short_bytes)
-        for terms, find in self._lattice_searches(self._lattice) if self._lattice else self._line_searches():
-            self._climb(terms, find)
+    def search(self) -> bool:
+        """Look among groups that hold such layers. Whether some hold the real ones."""
+        self._lacking = self._short_bytes()
+        if not self._lacking:
+            for terms, find in self._lattice_searches(self._lattice) if self._lattice else self._line_searches():
+                self._climb(terms, find)
+        return bool(self._best[0])
+
+    def plan(self, *, unlike: bool) -> FleetPlan | Shortage:
+        """What has been found, made better; or what is lacking."""
+        if unlike and sum(self._counts) <= fleet_order.MOST_MACHINES:
+            for terms, find in self._order_searches():
+                self._climb(terms, find)
         self._polish()
-        if not self._best[0]:
-            return Shortage(max(layer.weight_bytes for layer in self._model.layers))  # only mean layers fit
-        return self._plan_of(*self._best[1:])
+        if self._best[0]:
+            return self._plan_of(*self._best[1:])
+        if not unlike:
+            return Shortage(self._lacking or self._alike.layers[0].weight_bytes)
+        alone = fleet_order.short_bytes(self._model, self._load, self._machines)
+        return Shortage(min(self._lacking or alone, alone))
 
     # -- searching the rate ----------------------------------------------------------------------
 
@@ -154,6 +168,19 @@ class _Planner:
                     yield terms, partial(_on_line, line, terms, single)
                     if single:  # their order is all the same then
                         break
+
+    def _order_searches(self) -> Iterator[tuple[Terms, Find]]:
+        layers = len(self._model.layers)
+        for workers, single in product(range(1, sum(self._counts) + 1), (True, False)):
+            if (single and workers > layers) or (workers == 1 and not single):
+                continue
+            spread = flight(workers, workers if single else 1, self._load)
+
+            def find(rate: float, spread: Flight = spread, workers: int = workers, single: bool = single) -> Found:
+                makes = partial(self._cutter.makes, spread, rate)
+                return fleet_order.carry(makes, layers, self._counts, workers=workers, single=single)
+
+            yield self._terms(spread), find
 
     def _foremost(self, terms: Terms, workers: int) -> Group:
         """The machines that carry the most."""
@@ -217,7 +244,7 @@ class _Planner:
         left, moved = MOST_MOVES, True
         while moved and self._best[0]:
             moved = False
-            for groups in _moves(self._best[1], self._counts):
+            for groups in fleet_moves.neighbours(self._best[1], self._counts):
                 left -= 1
                 if left < 0:
                     return
@@ -277,7 +304,7 @@ class _Planner:
             )
             for group, (first, end) in zip(groups, pairwise(bounds), strict=True)
         ]
-        return FleetPlan(stages=tuple(stages), flight=spread, idle=_idle(groups, self._counts))
+        return FleetPlan(stages=tuple(stages), flight=spread, idle=fleet_moves.idle(groups, self._counts))
 
     def _serving(self, kind: int, count: int, first: int, end: int, spread: Flight) -> Serving:
         machine = self._machines[kind]
@@ -299,30 +326,3 @@ def _in_lattice(lattice: Lattice, terms: Terms, workers: int, single: bool, rate
 def _on_line(line: Line, terms: Terms, single: bool, rate: float) -> Found:
     parts = terms.parts(rate)
     return line.best(parts, single=single) if line.may_carry(parts) else Found(0, ())
-
-
-def _idle(groups: Sequence[Group], counts: Group) -> Group:
-    return tuple(count - sum(group[kind] for group in groups) for kind, count in enumerate(counts))
-
-
-def _moves(groups: tuple[Group, ...], counts: Group) -> Iterator[tuple[Group, ...]]:
-    """Neighbours: a worker goes to another stage, comes from the idle or joins them; stages change places or merge."""
-    places = [*groups, _idle(groups, counts)]
-    for source, target in ((a, b) for a in range(len(places)) for b in range(len(places)) if a != b):
-        for kind, count in enumerate(places[source]):
-            if count:
-                moved = list(places)
-                moved[source] = _with(moved[source], kind, -1)
-                moved[target] = _with(moved[target], kind, 1)
-                yield tuple(group for group in moved[:-1] if any(group))
-    for one in range(len(groups)):
-        for other in range(one + 1, len(groups)):
-            swapped = list(groups)
-            swapped[one], swapped[other] = groups[other], groups[one]
-            yield tuple(swapped)
-            merged = tuple(a + b for a, b in zip(groups[one], groups[other], strict=True))
-            yield (*groups[:one], merged, *groups[one + 1 : other], *groups[other + 1 :])
-
-
-def _with(group: Group, kind: int, change: int) -> Group:
-    return (*group[:kind], group[kind] + change, *group[kind + 1 :])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations, product
 from math import comb
 
@@ -42,6 +43,18 @@ def model(layers: int, **facts: int) -> Model:
 LOAD = Load(context_tokens=4, prompt_tokens=0, concurrency=32)
 #: Few rows: all of a stage's keys and values are small beside its weights.
 LOAD2 = Load(context_tokens=1, prompt_tokens=0, concurrency=2)
+
+
+def unlike_fleet(seed: int) -> Fleet:
+    """A random fleet whose model's first layers are much larger or smaller than the others, as in many mixtures."""
+    shape, load, machines = random_fleet(seed)
+    rng = random.Random(f"unlike {seed}")
+    first, times = rng.choice((1, 3)), rng.choice((0.2, 3.0))
+    unlike = [
+        Layer(weight_bytes=int(layer.weight_bytes * times), work=times) if at < first else layer
+        for at, layer in enumerate(shape.layers)
+    ]
+    return replace(shape, layers=tuple(unlike)), load, machines
 
 
 def random_fleet(seed: int) -> Fleet:
@@ -102,28 +115,33 @@ def spread(workers: int, stages: int, load: Load) -> tuple[float, float, float]:
     return load.concurrency / microbatches, microbatches / workers, 1.0 if workers == stages else SHARED
 
 
-def alone(
-    shape: Model, load: Load, one: Machine, how: tuple[float, float, float], begins: bool, ends: bool
-) -> tuple[Array, Array]:
-    """Of one machine by the number of its layers: tokens per second, and the part of the rows that it can hold."""
+def alone(shape: Model, load: Load, one: Machine, how: tuple[float, float, float]) -> tuple[Array, Array]:
+    """Of one machine by the first of its layers and their end: tokens per second, and the part of the rows it holds.
+
+    Both are 0 where there is no layer.
+    """
     rows, per_worker, brought = how
-    count = np.arange(1, len(shape.layers) + 1)
+    layers = len(shape.layers)
+    first, end = np.arange(layers)[:, None], np.arange(layers + 1)[None, :]
+    begins, ends = first == 0, end == layers
     prompt = load.prompt_tokens / (load.context_tokens - load.prompt_tokens)
+    work = np.concatenate([[0.0], np.cumsum([layer.work for layer in shape.layers])])
     each_s = interpolated(one.speed.layer, rows) + rows * prompt * one.speed.layer_prefill_token_s
-    busy_s = interpolated(one.speed.forward, rows) + each_s * count
-    busy_s += begins * interpolated(one.speed.embedding, rows * (1 + prompt)) + ends * interpolated(
-        one.speed.head, rows
-    )
-    ways = 1 - (begins + ends) / 2
-    link_s = ways * rows * (1 + prompt) * shape.hidden_bytes / one.link_bytes_per_s if one.link_bytes_per_s else 0.0
+    busy_s = interpolated(one.speed.forward, rows) + each_s * (work[end] - work[first])
+    busy_s = busy_s + begins * interpolated(one.speed.embedding, rows * (1 + prompt))
+    busy_s = np.maximum(busy_s + ends * interpolated(one.speed.head, rows), 1e-12)
+    ways = 1 - (begins * 1 + ends * 1) / 2
+    link_s = ways * rows * (1 + prompt) * shape.hidden_bytes / (one.link_bytes_per_s or np.inf)
     period_s = np.maximum(np.maximum(busy_s, link_s), (busy_s + one.hop_s + link_s) / per_worker)
-    weights = shape.layers[0].weight_bytes * count + shape.working_bytes + begins * shape.embedding_bytes
-    weights += ends * (shape.head_bytes + shape.head_working_bytes)
-    weights -= (begins and ends and shape.tied) * min(shape.embedding_bytes, shape.head_bytes)
+    weight = np.concatenate([[0], np.cumsum([layer.weight_bytes for layer in shape.layers])])
+    weights = weight[end] - weight[first] + shape.working_bytes + begins * shape.embedding_bytes
+    weights = weights + ends * (shape.head_bytes + shape.head_working_bytes)
+    weights = weights - (begins & ends) * shape.tied * min(shape.embedding_bytes, shape.head_bytes)
     room = one.memory_bytes - weights
-    row_bytes = load.kv_tokens * shape.kv_layer_token_bytes * count
+    row_bytes = load.kv_tokens * shape.kv_layer_token_bytes * np.maximum(end - first, 1)
     held = np.where(row_bytes > 0, room // np.maximum(row_bytes, 1), load.concurrency)
-    return brought * rows / period_s, np.where(room < 0, 0, np.minimum(held, load.concurrency)) / load.concurrency
+    shares = np.where(room < 0, 0, np.minimum(held, load.concurrency)) / load.concurrency
+    return np.where(end > first, brought * rows / period_s, 0.0), np.where(end > first, shares, 0.0)
 
 
 def together(members: Sequence[tuple[int, tuple[Array, Array]]]) -> Array:
@@ -158,13 +176,11 @@ def exhaustive(shape: Model, load: Load, machines: Sequence[Machine]) -> float:
     counts = tuple(one.count for one in machines)
     stage_rates: dict[tuple[object, ...], Array] = {}
 
-    def rates(group: tuple[int, ...], how: tuple[float, float, float], begins: bool, ends: bool) -> Array:
-        key = (group, how, begins, ends)
+    def rates(group: tuple[int, ...], how: tuple[float, float, float]) -> Array:
+        key = (group, how)
         if key not in stage_rates:
             members = [
-                (count, alone(shape, load, one, how, begins, ends))
-                for count, one in zip(group, machines, strict=True)
-                if count
+                (count, alone(shape, load, one, how)) for count, one in zip(group, machines, strict=True) if count
             ]
             stage_rates[key] = together(members)
         return stage_rates[key]
@@ -173,14 +189,14 @@ def exhaustive(shape: Model, load: Load, machines: Sequence[Machine]) -> float:
         shape_of = (comb(layers - 1, stages - 1), stages - 1)
         inner = np.array(list(combinations(range(1, layers), stages - 1)), dtype=np.int64).reshape(shape_of)
         bounds = np.hstack([np.zeros((len(inner), 1), np.int64), inner, np.full((len(inner), 1), layers)])
-        sizes = np.diff(bounds, axis=1).T - 1
+        firsts, ends = bounds[:, :-1].T, bounds[:, 1:].T
         for groups in assignments(counts, stages):
             how = spread(sum(map(sum, groups)), stages, load)
-            tables = [rates(group, how, at == 0, at == stages - 1) for at, group in enumerate(groups)]
-            if min(table[0] for table in tables) <= best:  # not even with one layer each
+            tables = [rates(group, how) for group in groups]
+            if min(table.max() for table in tables) <= best:  # not even with the layers that suit it best
                 continue
-            slowest = tables[0][sizes[0]]
-            for table, size in zip(tables[1:], sizes[1:], strict=True):
-                slowest = np.minimum(slowest, table[size])
+            slowest = tables[0][firsts[0], ends[0]]
+            for table, first, end in zip(tables[1:], firsts[1:], ends[1:], strict=True):
+                slowest = np.minimum(slowest, table[first, end])
             best = max(best, float(slowest.max()))
     return best
