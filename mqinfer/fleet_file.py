@@ -18,7 +18,7 @@ from mqinfer.errors import PlanError
 from mqinfer.fleet_costs import Curve, Layer, Load, Machine, Model, Speed
 from mqinfer.host_profile import HostProfile
 from mqinfer.plan import DTYPES
-from mqinfer.settings import parse_bytes
+from mqinfer.settings import MOST_ROWS, parse_bytes
 from mqinfer.toml_table import Table, document, read_file
 
 #: Of a machine without a measured link: what a message takes through a broker in the same network, and its sender's and
@@ -217,6 +217,8 @@ def load_of(context_tokens: int, prompt_tokens: int | None, concurrency: int, fa
     """What is to be carried. Raises: PlanError."""
     if context_tokens > facts.context_tokens:
         raise PlanError(f"--context {context_tokens}: the model was made for {facts.context_tokens} positions")
+    if concurrency > MOST_ROWS:
+        raise PlanError(f"--concurrency {concurrency}: a coordinator takes {MOST_ROWS} rows at most")
     prompt = context_tokens // 2 if prompt_tokens is None else prompt_tokens
     if not 0 <= prompt < context_tokens:
         raise PlanError(f"--prompt-tokens {prompt}: a row has {context_tokens} positions in all (--context)")

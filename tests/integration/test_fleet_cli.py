@@ -296,6 +296,7 @@ def test_a_plan_s_file_can_not_end_a_comment_of_the_commands(
         ("plan {model} --fleet {fleet} --commands x.sh", "--commands: they start a plan's file, so give -o too"),
         ("plan {model} --fleet {fleet} --context 9999", "--context 9999: the model was made for 256 positions"),
         ("plan {model} --fleet {fleet} --context 8 --prompt-tokens 8", "a row has 8 positions in all"),
+        ("plan {model} --fleet {fleet} --concurrency 65536", "--concurrency 65536: a coordinator takes 65535 rows at"),
         ("plan {model} --fleet {fleet} --dtype float8", "dtype: 'float8' is not one of float32,"),
         ("plan {model} --stages 2 --profile nowhere.toml", "can't read the profile nowhere.toml"),
         ("profile --model {model} -o {out} --context 256", "--context 256: it must be less than the model's 256"),

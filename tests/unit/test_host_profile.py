@@ -10,13 +10,13 @@ import pytest
 import torch
 from families import LAYERS, Tiny, save
 
-from mqinfer import checkpoint, host_profile, link_profile, profiling
+from mqinfer import checkpoint, gpus, host_profile, link_profile, profiling
 from mqinfer.errors import PlanError, TransportError
 from mqinfer.host_profile import HostProfile, LinkProfile
 from mqinfer.observe import STAGE_LOADED, add_sink
 from mqinfer.profiling import Weights, count_layers
 from mqinfer.queues import new_id
-from mqinfer.settings import WorkerSettings
+from mqinfer.settings import CoordinatorSettings, WorkerSettings
 from mqinfer.transports import open_transport
 
 PROFILE = HostProfile(
@@ -77,6 +77,11 @@ def test_what_is_written_is_read(profile: HostProfile, tmp_path: Path) -> None:
 def test_what_is_wrong_in_a_profile_is_named(old: str, new: str, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         host_profile.loads(rewritten(old, new))
+
+
+def test_prompts_are_measured_and_estimated_in_the_steps_that_a_coordinator_makes() -> None:
+    step_tokens = CoordinatorSettings.model_fields["step_tokens"].default
+    assert profiling.PREFILL_TOKENS == gpus.PREFILL_TOKENS == step_tokens
 
 
 @pytest.fixture(scope="module")
