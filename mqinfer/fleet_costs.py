@@ -97,6 +97,8 @@ class Model:
     tied: bool = False
     #: Keys and values of one token in one layer.
     kv_layer_token_bytes: int
+    #: How many times they have room: once, and once more where a forward copies those of its rows.
+    kv_copies: int = 1
     #: Hidden states of one token, as they travel.
     hidden_bytes: int
     #: What a forward takes for itself, beside weights and keys and values.
@@ -110,6 +112,11 @@ class Model:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_sums", (0, *accumulate(layer.weight_bytes for layer in self.layers)))
         object.__setattr__(self, "work_sums", (0.0, *accumulate(layer.work for layer in self.layers)))
+
+    @property
+    def kv_layer_token_room_bytes(self) -> int:
+        """What keys and values of one token in one layer take while they are computed with."""
+        return self.kv_layer_token_bytes * self.kv_copies
 
     def fixed_bytes(self, first: int, end: int) -> int:
         """Weights and working space of a worker with the layers [first, end)."""
@@ -211,7 +218,7 @@ def worker_rates(
 def rows_held(model: Model, load: Load, machine: Machine, first: int, end: int) -> int:
     """Rows whose keys and values have room beside the layers [first, end); all in flight at most."""
     room_bytes = machine.memory_bytes - model.fixed_bytes(first, end)
-    row_bytes = load.kv_tokens * model.kv_layer_token_bytes * (end - first)
+    row_bytes = load.kv_tokens * model.kv_layer_token_room_bytes * (end - first)
     if room_bytes < 0:
         return 0
     return min(room_bytes // row_bytes, load.concurrency) if row_bytes else load.concurrency

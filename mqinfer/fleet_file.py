@@ -15,6 +15,7 @@ from typing import Any
 from mqinfer import gpus, host_profile
 from mqinfer.checkpoint import CheckpointFacts
 from mqinfer.errors import PlanError
+from mqinfer.families import PADDED, VERIFIED
 from mqinfer.fleet_costs import Curve, Layer, Load, Machine, Model, Speed
 from mqinfer.host_profile import HostProfile
 from mqinfer.plan import DTYPES
@@ -192,6 +193,7 @@ def model_of(facts: CheckpointFacts, dtype: str, load: Load, *, step_tokens: int
         head_bytes=(anatomy.head + anatomy.final) * itemsize,
         tied=anatomy.tied,
         kv_layer_token_bytes=anatomy.kv_elements * itemsize,
+        kv_copies=2 if VERIFIED.get(facts.model_type) == PADDED else 1,
         hidden_bytes=facts.hidden_size * itemsize,
         working_bytes=WORKING_TENSORS * step_tokens * facts.hidden_size * itemsize,
         head_working_bytes=logits,

@@ -75,7 +75,7 @@ def _orders(left: list[int], begun: tuple[int, ...] = ()) -> Iterator[tuple[int,
 
 def alone_bytes(model: Model, load: Load, first: int, end: int) -> int:
     """What a machine with the layers [first, end) and all rows takes beside its working space."""
-    kv_bytes = load.concurrency * load.kv_tokens * model.kv_layer_token_bytes * (end - first)
+    kv_bytes = load.concurrency * load.kv_tokens * model.kv_layer_token_room_bytes * (end - first)
     return model.fixed_bytes(first, end) - model.working_bytes + kv_bytes
 
 

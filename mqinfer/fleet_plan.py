@@ -256,7 +256,7 @@ class _Planner:
         """What a further machine would have to take, whatever the others leave; 0: they leave nothing."""
         layers = len(self._model.layers)
         layer_bytes = self._alike.layers[0].weight_bytes
-        layer_bytes += self._load.kv_tokens * self._load.concurrency * self._model.kv_layer_token_bytes
+        layer_bytes += self._load.kv_tokens * self._load.concurrency * self._model.kv_layer_token_room_bytes
         whole_bytes = self._model.fixed_bytes(0, layers) - self._model.weight_sums[-1] - self._model.working_bytes
         ends_bytes = {
             fleet_search.FIRST: self._model.head_bytes + self._model.head_working_bytes,
@@ -309,12 +309,13 @@ class _Planner:
     def _serving(self, kind: int, count: int, first: int, end: int, spread: Flight) -> Serving:
         machine = self._machines[kind]
         row_bytes = self._load.kv_tokens * self._model.kv_layer_token_bytes * (end - first)
+        most_bytes = row_bytes * (self._load.concurrency + 1)  # a row that grows is there twice
         room_bytes = machine.memory_bytes - self._model.fixed_bytes(first, end)
         return Serving(
             machine=kind,
             count=count,
             rows=rows_held(self._model, self._load, machine, first, end),
-            kv_bytes=min(room_bytes, row_bytes * (self._load.concurrency + 1)),  # a row that grows is there twice
+            kv_bytes=min(room_bytes // self._model.kv_copies, most_bytes),
             tokens_per_s=self._cutter.rate(kind, first, end, spread),
         )
 

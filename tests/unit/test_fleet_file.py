@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_a_layer_has_a_cost_however_little_time_it_takes() -> None:
         layer_prefill_token_s=0.0,
     )
     assert fleet_file.stage_costs(FACTS, profile, 32) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("family", "copies"), [("llama", 1), ("falcon", 2), ("bloom", 2)])
+def test_keys_and_values_have_room_twice_in_families_whose_forwards_copy_them(family: str, copies: int) -> None:
+    load = fleet_file.load_of(64, 0, 8, FACTS)
+    shape = fleet_file.model_of(replace(FACTS, model_type=family), "float16", load, step_tokens=16)
+    assert shape.kv_copies == copies
 
 
 @pytest.mark.parametrize("gpu", ["T4", "P100", "V100-16GB"])

@@ -136,6 +136,14 @@ def test_of_unlike_layers_never_more_is_missing_than_there_is() -> None:
     )
 
 
+def test_keys_and_values_that_are_copied_take_room_twice_but_are_budgeted_once() -> None:
+    shape = model(2, embedding_bytes=0, head_bytes=0)
+    room = 2 * 2 * 4 * LOAD.concurrency  # twice, in two layers, of four positions each
+    [serving] = planned(replace(shape, kv_copies=2), [machine("one", 1, 0.001, 200 + room)]).stages[0].serving
+    assert (serving.rows, serving.kv_bytes) == (LOAD.concurrency, room // 2)
+    assert isinstance(plan_fleet(replace(shape, kv_copies=2), LOAD, [machine("one", 1, 0.001, 199 + room)]), Shortage)
+
+
 def test_a_machine_twice_as_fast_gets_twice_the_layers() -> None:
     plan = planned(
         model(30),
