@@ -50,9 +50,11 @@ def unlike_fleet(seed: int) -> Fleet:
     shape, load, machines = random_fleet(seed)
     rng = random.Random(f"unlike {seed}")
     first, times = rng.choice((1, 3)), rng.choice((0.2, 3.0))
+    works = [times if at < first else 1.0 for at in range(len(shape.layers))]
+    mean = sum(works) / len(works)
     unlike = [
-        Layer(weight_bytes=int(layer.weight_bytes * times), work=times) if at < first else layer
-        for at, layer in enumerate(shape.layers)
+        replace(layer, weight_bytes=int(layer.weight_bytes * work), work=work / mean)
+        for layer, work in zip(shape.layers, works, strict=True)
     ]
     return replace(shape, layers=tuple(unlike)), load, machines
 

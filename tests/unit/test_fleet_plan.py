@@ -16,7 +16,7 @@ from mqinfer.fleet_plan import FleetPlan, Shortage, plan_fleet
 
 #: Of unlike layers also those in which it once missed the best by more, or saw a shortage where there was none.
 SMALL = [*(partial(random_fleet, seed) for seed in range(60))]
-SMALL += [*(partial(unlike_fleet, seed) for seed in (*range(40), 182, 193, 279))]
+SMALL += [*(partial(unlike_fleet, seed) for seed in (*range(40), 182, 279))]
 
 
 @pytest.mark.parametrize("fleet", SMALL)
