@@ -37,7 +37,7 @@ def plan(
     \b
       [[machine]]
       name = "a100"
-      count = 2
+      count = 2                 # hosts; a host's second GPU is a machine of its own
       profile = "a100.toml"     # of mqinfer profile, run there; or gpu = "A100-80GB", by its peak figures
       #memory = "60GiB"         # if not all that was free
       #device = "cuda:0"
@@ -109,7 +109,7 @@ def profile(
     idle otherwise. Example:
 
     \b
-      mqinfer profile --model Qwen/Qwen3-32B --dtype bfloat16 --device cuda:0 -o host.toml
+      mqinfer profile --model Qwen/Qwen3-32B --dtype bfloat16 --device cuda:0 --broker @operator.broker -o host.toml
     """
     from mqinfer import fleet_commands
     from mqinfer.settings import ProfileSettings

@@ -85,10 +85,8 @@ def layers(first: int, end: int) -> str:
     return f"[{first}, {end})"
 
 
-def show_fleet_plan(
-    plan: Plan, found: FleetPlan, machines: Sequence[Machine], load: Load, more: Sequence[float]
-) -> None:
-    """One line a stage: layers, who serves it, what it can do; then what is predicted, what one more would bring."""
+def show_fleet_plan(plan: Plan, found: FleetPlan, machines: Sequence[Machine], load: Load) -> None:
+    """One line a stage: layers, who serves it, what it can do; then what is predicted."""
     table = make_table("stage", "layers", "machines", "rows", "tokens/s", "bound")
     table.columns[2].justify = "left"
     for index, stage in enumerate(found.stages):
@@ -97,11 +95,16 @@ def show_fleet_plan(
         mark = "◀" if index == found.bound else ""
         table.add_row(str(index), layers(stage.first, stage.end), who, str(rows), f"{stage.tokens_per_s:.1f}", mark)
     show(f"{plan.name}: {plan.model} in {plan.dtype}, digest {plan.digest}", table)
-    for sentence in _fleet_remarks(found, machines, load, more):
+    for sentence in _fleet_remarks(found, machines, load):
         out.print(sentence, markup=False, soft_wrap=True)
 
 
-def _fleet_remarks(found: FleetPlan, machines: Sequence[Machine], load: Load, more: Sequence[float]) -> Iterator[str]:
+def show_one_more(name: str, rate: float, now: float) -> None:
+    """What one more such machine would bring."""
+    out.print(f"one more {name}: {rate:.1f} tokens/s ({rate / now - 1:+.0%})", markup=False, soft_wrap=True)
+
+
+def _fleet_remarks(found: FleetPlan, machines: Sequence[Machine], load: Load) -> Iterator[str]:
     yield (
         f"predicted: {found.tokens_per_s:.1f} tokens/s, bound at stage {found.bound}, with {load.concurrency} rows in "
         f"flight of {load.context_tokens} positions, {load.prompt_tokens} of them prompt; "
@@ -110,8 +113,6 @@ def _fleet_remarks(found: FleetPlan, machines: Sequence[Machine], load: Load, mo
     if any(found.idle):
         idle = zip(found.idle, machines, strict=True)
         yield "idle: " + ", ".join(f"{count} × {machine.name}" for count, machine in idle if count)
-    for machine, rate in zip(machines, more, strict=True):
-        yield f"one more {machine.name}: {rate:.1f} tokens/s ({rate / found.tokens_per_s - 1:+.0%})"
 
 
 def show_profile(profile: HostProfile) -> None:

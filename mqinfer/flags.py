@@ -102,14 +102,21 @@ Concurrency = Annotated[
 ]
 Commands = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="With --fleet: write the commands that start it here. Default: print them."),
+    typer.Option(
+        metavar="FILE", help="With --fleet and -o: write the commands that start it here. Default: print them."
+    ),
 ]
 ProfiledModel = Annotated[
     str, typer.Option("--model", metavar="PATH_OR_ID", help="The checkpoint: a folder or a hub id.")
 ]
 ProfileFile = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Write the profile here, in TOML.")]
 ProfileBroker = Annotated[
-    str | None, typer.Option(metavar="URL", help="Measure the link to this broker too. Default: leave it out.")
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Measure the link to this broker too, as the operator; @FILE: what that file holds. Default: leave it "
+        "out, even where MQINFER_BROKER is set, for a worker's user may not make the queue it takes.",
+    ),
 ]
 ProfileContext = Annotated[
     int | None,

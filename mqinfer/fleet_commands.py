@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mqinfer import checkpoint, console, fleet_file, fleet_plan, host_profile
+from mqinfer import checkpoint, console, fleet_file, fleet_growth, fleet_plan, host_profile
 from mqinfer import plan as plans
 from mqinfer.checkpoint import CheckpointFacts
 from mqinfer.errors import PlanError, SettingsError
@@ -26,6 +26,8 @@ from mqinfer.transports import open_transport
 CONTEXT_TOKENS = 2048
 #: And where rows decode that are profiled.
 PROFILED_TOKENS = 512
+#: How many times as far rows may decode on average before it is said that the profile is of shorter ones.
+FAR = 2
 #: Forwards' rows by which a plan without a fleet weighs head and layers where a profile is given.
 CUT_ROWS = 32
 
@@ -53,6 +55,10 @@ def plan_for_fleet(model: str, options: FleetOptions) -> None:
     """Print the assignment; write the plan and the commands that start it. Raises: PlanError."""
     if options.dtype not in DTYPES:
         raise PlanError(f"dtype: {options.dtype!r} is not one of {', '.join(DTYPES)}")
+    if options.commands is not None and options.output is None:
+        raise PlanError("--commands: they start a plan's file, so give -o too")
+    if not str(options.output).isprintable():
+        raise PlanError("--output: a file with unprintable characters in its name can't stand in the commands")
     facts = checkpoint.facts(model, options.revision)
     context_tokens = options.context_tokens or min(CONTEXT_TOKENS, facts.context_tokens)
     load = fleet_file.load_of(context_tokens, options.prompt_tokens, options.concurrency or _ROWS, facts)
@@ -66,14 +72,32 @@ def plan_for_fleet(model: str, options: FleetOptions) -> None:
     plan, _ = checkpoint.make_plan(
         model, cuts=cuts, dtype=options.dtype, name=options.name, revision=options.revision, found=facts
     )
-    more = fleet_plan.one_more(costs, load, machines, found)
+    more = fleet_growth.one_more(costs, load, machines, found)
     if options.as_json:
-        console.out.print_json(data=as_json(plan, found, machines, more), indent=2)
+        console.out.print_json(data=as_json(plan, found, machines, list(more)), indent=2)
     else:
-        console.show_fleet_plan(plan, found, machines, load, more)
-        if estimated := [member.machine.name for member in fleet if member.estimated]:
-            console.say(f"estimated by peak figures, which may be far off: {', '.join(estimated)} (mqinfer profile)")
-    _write(plan, found, fleet, load, options)
+        console.show_fleet_plan(plan, found, machines, load)
+        _remark_on_profiles(fleet, load)
+    commands = "\n".join(start_commands(options.output or Path("pipeline.toml"), found, fleet, load)) + "\n"
+    _write(plan, commands, options)
+    if not options.as_json:
+        for machine, rate in zip(machines, more, strict=True):  # a plan each: what is there already has been shown
+            console.show_one_more(machine.name, rate, found.tokens_per_s)
+        if options.commands is None:
+            console.out.print(f"\n{commands}", markup=False, soft_wrap=True, end="")
+
+
+def _remark_on_profiles(fleet: Sequence[FleetMachine], load: Load) -> None:
+    """Say what was not measured, and what was measured with far fewer keys and values than rows will have."""
+    if estimated := [member.machine.name for member in fleet if member.estimated]:
+        console.say(f"estimated by peak figures, which may be far off: {', '.join(estimated)} (mqinfer profile)")
+    for member in fleet:
+        if member.profiled_tokens is not None and load.mean_position > FAR * member.profiled_tokens:
+            console.say(
+                f"rows decode at position {load.mean_position} on average, but {member.machine.name} was profiled at "
+                f"{member.profiled_tokens}: it will be slower than predicted; run mqinfer profile --context "
+                f"{load.mean_position}"
+            )
 
 
 def _too_small(model: str, shortage: Shortage, load: Load, machines: Sequence[Machine]) -> str:
@@ -85,22 +109,19 @@ def _too_small(model: str, shortage: Shortage, load: Load, machines: Sequence[Ma
     )
 
 
-def _write(plan: Plan, found: FleetPlan, fleet: Sequence[FleetMachine], load: Load, options: FleetOptions) -> None:
+def _write(plan: Plan, commands: str, options: FleetOptions) -> None:
     """The files that were asked for."""
     if options.output is None:
         console.say("nothing was written: give the plan a file with -o")
     else:
         plans.write(plan, options.output)
         console.say(f"wrote {options.output}")
-    text = "\n".join(start_commands(options.output or Path("pipeline.toml"), found, fleet, load)) + "\n"
     if options.commands is not None:
         try:
-            options.commands.write_text(text, encoding="utf-8")
+            options.commands.write_text(commands, encoding="utf-8")
         except OSError as error:
             raise PlanError(f"can't write the commands {options.commands}: {error.strerror}") from error
         console.say(f"wrote {options.commands}")
-    elif not options.as_json:
-        console.out.print(f"\n{text}", markup=False, soft_wrap=True, end="")
 
 
 def as_json(plan: Plan, found: FleetPlan, machines: Sequence[Machine], more: Sequence[float]) -> dict[str, Any]:
@@ -144,8 +165,7 @@ def start_commands(pipeline: Path, found: FleetPlan, fleet: Sequence[FleetMachin
     yield ""
     yield "# any machine: the coordinator"
     yield f"mqinfer coordinator -p {file} --rows {load.concurrency}"
-    yield f"#   echo MQINFER_ROWS={load.concurrency} >> /etc/mqinfer/mqinfer.env"
-    yield "#   systemctl enable --now mqinfer-coordinator"
+    yield from _service("mqinfer-coordinator", file, "coordinator", {"MQINFER_ROWS": load.concurrency})
     started = [0] * len(fleet)
     for number, stage in enumerate(found.stages):
         for serving in stage.serving:
@@ -155,12 +175,23 @@ def start_commands(pipeline: Path, found: FleetPlan, fleet: Sequence[FleetMachin
                 name, at = member.machine.name, started[serving.machine]
                 instance, kv_bytes = f"{number}-{name}-{at}", max(serving.kv_bytes, 1)
                 device = shlex.quote(member.device)
+                settings = {"MQINFER_DEVICE": device, "MQINFER_KV_BYTES": kv_bytes}
+                command = f"mqinfer worker -p {file} --stage {number} --device {device} --kv-bytes {kv_bytes}"
+                if member.threads:
+                    settings["MQINFER_THREADS"] = member.threads
+                    command += f" --threads {member.threads}"
                 yield ""
                 yield f"# {name}, {at} of {member.machine.count}: stage {number}, layers [{stage.first}, {stage.end})"
-                yield f"mqinfer worker -p {file} --stage {number} --device {device} --kv-bytes {kv_bytes}"
-                settings = f"'MQINFER_DEVICE=%s\\nMQINFER_KV_BYTES=%s\\n' {device} {kv_bytes}"
-                yield f"#   printf {settings} > /etc/mqinfer/worker-{instance}.env"
-                yield f"#   systemctl enable --now mqinfer-worker@{instance}"
+                yield command
+                yield from _service(f"mqinfer-worker@{instance}", file, f"worker-{instance}", settings)
+
+
+def _service(unit: str, file: str, own: str, settings: Mapping[str, object]) -> Iterator[str]:
+    """The unit's start as comments: the plan where mqinfer.env looks for it, the settings of its `own` env file."""
+    lines = "".join(f"{key}=%s\\n" for key in settings)
+    yield f"#   install -m 644 {file} /etc/mqinfer/pipeline.toml"
+    yield f"#   printf '{lines}' {' '.join(map(str, settings.values()))} > /etc/mqinfer/{own}.env"
+    yield f"#   systemctl enable --now mqinfer.target {unit}"
 
 
 def measured_costs(model: str, profile: Path, dtype: str, revision: str) -> tuple[CheckpointFacts, list[int]]:

@@ -97,6 +97,8 @@ class Model:
     tied: bool = False
     #: Keys and values of one token in one layer.
     kv_layer_token_bytes: int
+    #: How many times they have room: once, and once more where a forward copies those of its rows.
+    kv_copies: int = 1
     #: Hidden states of one token, as they travel.
     hidden_bytes: int
     #: What a forward takes for itself, beside weights and keys and values.
@@ -110,6 +112,11 @@ class Model:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight_sums", (0, *accumulate(layer.weight_bytes for layer in self.layers)))
         object.__setattr__(self, "work_sums", (0.0, *accumulate(layer.work for layer in self.layers)))
+
+    @property
+    def kv_layer_token_room_bytes(self) -> int:
+        """What keys and values of one token in one layer take while they are computed with."""
+        return self.kv_layer_token_bytes * self.kv_copies
 
     def fixed_bytes(self, first: int, end: int) -> int:
         """Weights and working space of a worker with the layers [first, end)."""
@@ -125,7 +132,7 @@ class Model:
 class Load:
     """What the pipeline is to carry."""
 
-    #: Positions that each row reaches, its prompt among them: so many keys and values must have room.
+    #: Positions that each row reaches, its prompt among them.
     context_tokens: int
     #: Of those, the prompt's.
     prompt_tokens: int
@@ -133,6 +140,8 @@ class Load:
     concurrency: int
     #: Rows of one microbatch at most.
     microbatch_rows: int = 64
+    #: The cache gives a row room in multiples of this.
+    kv_round_tokens: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_tokens < self.context_tokens:
@@ -141,6 +150,16 @@ class Load:
             )
         if min(self.concurrency, self.microbatch_rows) < 1:
             raise SettingsError("at least one row must be in flight")
+
+    @property
+    def kv_tokens(self) -> int:
+        """Positions of each row whose keys and values must have room."""
+        return -(-self.context_tokens // self.kv_round_tokens) * self.kv_round_tokens
+
+    @property
+    def mean_position(self) -> int:
+        """Where a row decodes on average."""
+        return (self.prompt_tokens + self.context_tokens) // 2
 
     @property
     def prompt_share(self) -> float:
@@ -181,13 +200,16 @@ def forward_s(model: Model, load: Load, speed: Speed, first: int, end: int, rows
     return seconds + (speed.head.at(rows) if end == len(model.layers) else 0.0)
 
 
-def worker_rates(model: Model, load: Load, machine: Machine, flight: Flight, busy_s: Sequence[float]) -> list[float]:
+def worker_rates(
+    model: Model, load: Load, machine: Machine, flight: Flight, first: int, end: int, busy_s: Sequence[float]
+) -> list[float]:
     """Tokens per second of workers whose forwards take `busy_s`, where their stage bounds the others.
 
     A forward's period is its own time; or, where few microbatches are under way, that of one on its way here and
-    computed; or what its hidden states take over the link.
+    computed; or what its hidden states take over the link: only tokens come to layer 0 and leave the last one.
     """
-    sent_bytes = flight.rows * (1 + load.prompt_share) * model.hidden_bytes
+    ways = ((first > 0) + (end < len(model.layers))) / 2  # the link's speed is that of there and back
+    sent_bytes = ways * flight.rows * (1 + load.prompt_share) * model.hidden_bytes
     sent_s = sent_bytes / machine.link_bytes_per_s if machine.link_bytes_per_s else 0.0
     least_s, way_s, brought = max(sent_s, 1e-9), machine.hop_s + sent_s, flight.brought * flight.rows
     return [brought / max(busy, least_s, (busy + way_s) / flight.per_worker) for busy in busy_s]
@@ -196,7 +218,7 @@ def worker_rates(model: Model, load: Load, machine: Machine, flight: Flight, bus
 def rows_held(model: Model, load: Load, machine: Machine, first: int, end: int) -> int:
     """Rows whose keys and values have room beside the layers [first, end); all in flight at most."""
     room_bytes = machine.memory_bytes - model.fixed_bytes(first, end)
-    row_bytes = load.context_tokens * model.kv_layer_token_bytes * (end - first)
+    row_bytes = load.kv_tokens * model.kv_layer_token_room_bytes * (end - first)
     if room_bytes < 0:
         return 0
     return min(room_bytes // row_bytes, load.concurrency) if row_bytes else load.concurrency

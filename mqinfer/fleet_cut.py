@@ -57,7 +57,7 @@ class Cutter:
         if (known := self._rates.get(key)) is None:
             machine = self._machines[kind]
             busy_s = forward_s(self._model, self._load, machine.speed, first, end, spread.rows)
-            [known] = worker_rates(self._model, self._load, machine, spread, [busy_s])
+            [known] = worker_rates(self._model, self._load, machine, spread, first, end, [busy_s])
             self._rates[key] = known
         return known
 
@@ -77,16 +77,16 @@ class Cutter:
             low, high = first, layers - further
             while low < high:
                 middle = (low + high + 1) // 2
-                if self._makes(group, first, middle, spread, rate):
+                if self.makes(spread, rate, group, first, middle):
                     low = middle
                 else:
                     high = middle - 1
             if low == first:
                 return None
             bounds.append(low)
-        return (*bounds, layers) if self._makes(groups[-1], bounds[-1], layers, spread, rate) else None
+        return (*bounds, layers) if self.makes(spread, rate, groups[-1], bounds[-1], layers) else None
 
-    def _makes(self, group: Group, first: int, end: int, spread: Flight, rate: float) -> bool:
+    def makes(self, spread: Flight, rate: float, group: Group, first: int, end: int) -> bool:
         """Whether the group makes the rate with the layers [first, end), and each of it holds a row at least."""
         done = 0.0
         for kind, count in enumerate(group):

@@ -3,7 +3,7 @@
 `plan_fleet` looks for the most tokens per second by the arithmetic of `fleet_costs.py`: for each number of busy workers
 (it decides how many rows a forward has) a search over the rate, each time asking `fleet_search.py` for groups of
 machines that carry all layers at that rate; then the layers are cut exactly for the groups found, and single workers
-are moved.
+are moved. Of a small fleet with unlike layers, `fleet_order.py` finds groups for the real layers too.
 Within 5% of all possibilities for small fleets (tests/unit/test_fleet_plan.py), a good choice for large ones.
 """
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 
-from mqinfer import fleet_search
+from mqinfer import fleet_moves, fleet_order, fleet_search
 from mqinfer.fleet_costs import Flight, Load, Machine, Model, flight, rows_held
 from mqinfer.fleet_cut import Cutter
 from mqinfer.fleet_search import Found, Group, Lattice, Line, Terms
@@ -93,20 +93,11 @@ def plan_fleet(model: Model, load: Load, machines: Sequence[Machine]) -> FleetPl
     """The best that was found, or what is lacking."""
     largest = max(layer.weight_bytes for layer in model.layers)
     mean = -(-model.weight_sums[-1] // len(model.layers))
-    found = _Planner(model, load, machines, mean).plan()
-    if isinstance(found, FleetPlan) or mean == largest:
-        return found
-    return _Planner(model, load, machines, largest).plan()  # groups that hold mean layers may not hold the real ones
-
-
-def one_more(model: Model, load: Load, machines: Sequence[Machine], plan: FleetPlan) -> list[float]:
-    """Tokens per second with one further machine, planned anew, by kind of machine."""
-    rates = []
-    for kind, machine in enumerate(machines):
-        larger = [*machines[:kind], replace(machine, count=machine.count + 1), *machines[kind + 1 :]]
-        found = plan_fleet(model, load, larger)
-        rates.append(max(plan.tokens_per_s, found.tokens_per_s if isinstance(found, FleetPlan) else 0.0))
-    return rates
+    planner = _Planner(model, load, machines, mean)
+    if not planner.search() and mean < largest:  # groups that hold mean layers may not hold the real ones
+        planner = _Planner(model, load, machines, largest)
+        planner.search()
+    return planner.plan(unlike=len(set(model.layers)) > 1)
 
 
 class _Planner:
@@ -121,31 +112,45 @@ class _Planner:
         self._counts = tuple(machine.count for machine in machines)
         self._shares = fleet_search.shares(self._alike, load, machines)
         self._lattice = Lattice(self._counts) if Lattice.fits(self._counts) else None
+        #: Tokens per second, groups and bounds of their stages.
         self._best: tuple[float, tuple[Group, ...], tuple[int, ...]] = (0.0, (), ())
         self._cutter = Cutter(model, load, machines)
+        #: Bytes for which such layers have no room.
+        self._lacking = 0
 
-    def plan(self) -> FleetPlan | Shortage:
-        short_bytes = self._short_bytes()
-        if short_bytes:
-            return Shortage(short_bytes)
-        for spread, find in self._lattice_searches(self._lattice) if self._lattice else self._line_searches():
-            self._climb(spread, find)
+    def search(self) -> bool:
+        """Look among groups that hold such layers. Whether some hold the real ones."""
+        self._lacking = self._short_bytes()
+        if not self._lacking:
+            for terms, find in self._lattice_searches(self._lattice) if self._lattice else self._line_searches():
+                self._climb(terms, find)
+        return bool(self._best[0])
+
+    def plan(self, *, unlike: bool) -> FleetPlan | Shortage:
+        """What has been found, made better; or what is lacking."""
+        if unlike and sum(self._counts) <= fleet_order.MOST_MACHINES:
+            for terms, find in self._order_searches():
+                self._climb(terms, find)
         self._polish()
-        if not self._best[0]:
-            return Shortage(max(layer.weight_bytes for layer in self._model.layers))  # only mean layers fit
-        return self._plan_of(*self._best[1:])
+        if self._best[0]:
+            return self._plan_of(*self._best[1:])
+        if not unlike:
+            return Shortage(self._lacking or self._alike.layers[0].weight_bytes)
+        alone = fleet_order.short_bytes(self._model, self._load, self._machines)
+        return Shortage(min(self._lacking or alone, alone))
 
     # -- searching the rate ----------------------------------------------------------------------
 
-    def _lattice_searches(self, lattice: Lattice) -> Iterator[tuple[Flight, Find]]:
+    def _lattice_searches(self, lattice: Lattice) -> Iterator[tuple[Terms, Find]]:
         for workers in range(1, sum(self._counts) + 1):
             for single in (True, False):
                 if (single and workers > len(self._model.layers)) or (workers == 1 and not single):
                     continue
                 spread = flight(workers, workers if single else 1, self._load)
-                yield spread, partial(_in_lattice, lattice, self._terms(spread), workers, single)
+                terms = self._terms(spread)
+                yield terms, partial(_in_lattice, lattice, terms, workers, single)
 
-    def _line_searches(self) -> Iterator[tuple[Flight, Find]]:
+    def _line_searches(self) -> Iterator[tuple[Terms, Find]]:
         total = sum(self._counts)
         sizes = [total]
         step = WORKERS_STEP if len(self._machines) <= MANY_KINDS else MANY_KINDS_STEP
@@ -160,9 +165,22 @@ class _Planner:
                 busy = self._foremost(terms, workers)
                 self._offer((busy,))
                 for line in self._lines(busy, spread):
-                    yield spread, partial(_on_line, line, terms, single)
+                    yield terms, partial(_on_line, line, terms, single)
                     if single:  # their order is all the same then
                         break
+
+    def _order_searches(self) -> Iterator[tuple[Terms, Find]]:
+        layers = len(self._model.layers)
+        for workers, single in product(range(1, sum(self._counts) + 1), (True, False)):
+            if (single and workers > layers) or (workers == 1 and not single):
+                continue
+            spread = flight(workers, workers if single else 1, self._load)
+
+            def find(rate: float, spread: Flight = spread, workers: int = workers, single: bool = single) -> Found:
+                makes = partial(self._cutter.makes, spread, rate)
+                return fleet_order.carry(makes, layers, self._counts, workers=workers, single=single)
+
+            yield self._terms(spread), find
 
     def _foremost(self, terms: Terms, workers: int) -> Group:
         """The machines that carry the most."""
@@ -192,13 +210,12 @@ class _Planner:
     def _terms(self, spread: Flight) -> Terms:
         return Terms(fleet_search.rates(self._alike, self._load, self._machines, spread), self._shares)
 
-    def _climb(self, spread: Flight, find: Find) -> None:
+    def _climb(self, terms: Terms, find: Find) -> None:
         """The highest rate at which all layers are carried, if it is above the best one so far."""
         layers = len(self._model.layers)
         high = sum(
-            machine.count * self._cutter.rate(kind, 0, 1, spread)
-            for kind, machine in enumerate(self._machines)
-            if machine.count
+            count * max(rate for place in by_rate for rate in place[1:])
+            for count, by_rate in zip(self._counts, terms.rates, strict=True)
         )
         low = self._best[0] * GAIN or high * 1e-6
         found = find(low)
@@ -227,7 +244,7 @@ class _Planner:
         left, moved = MOST_MOVES, True
         while moved and self._best[0]:
             moved = False
-            for groups in _moves(self._best[1], self._counts):
+            for groups in fleet_moves.neighbours(self._best[1], self._counts):
                 left -= 1
                 if left < 0:
                     return
@@ -239,7 +256,7 @@ class _Planner:
         """What a further machine would have to take, whatever the others leave; 0: they leave nothing."""
         layers = len(self._model.layers)
         layer_bytes = self._alike.layers[0].weight_bytes
-        layer_bytes += self._load.context_tokens * self._load.concurrency * self._model.kv_layer_token_bytes
+        layer_bytes += self._load.kv_tokens * self._load.concurrency * self._model.kv_layer_token_room_bytes
         whole_bytes = self._model.fixed_bytes(0, layers) - self._model.weight_sums[-1] - self._model.working_bytes
         ends_bytes = {
             fleet_search.FIRST: self._model.head_bytes + self._model.head_working_bytes,
@@ -287,17 +304,18 @@ class _Planner:
             )
             for group, (first, end) in zip(groups, pairwise(bounds), strict=True)
         ]
-        return FleetPlan(stages=tuple(stages), flight=spread, idle=_idle(groups, self._counts))
+        return FleetPlan(stages=tuple(stages), flight=spread, idle=fleet_moves.idle(groups, self._counts))
 
     def _serving(self, kind: int, count: int, first: int, end: int, spread: Flight) -> Serving:
         machine = self._machines[kind]
-        row_bytes = self._load.context_tokens * self._model.kv_layer_token_bytes * (end - first)
+        row_bytes = self._load.kv_tokens * self._model.kv_layer_token_bytes * (end - first)
+        most_bytes = row_bytes * (self._load.concurrency + 1)  # a row that grows is there twice
         room_bytes = machine.memory_bytes - self._model.fixed_bytes(first, end)
         return Serving(
             machine=kind,
             count=count,
             rows=rows_held(self._model, self._load, machine, first, end),
-            kv_bytes=min(room_bytes, row_bytes * (self._load.concurrency + 1)),  # a row that grows is there twice
+            kv_bytes=min(room_bytes // self._model.kv_copies, most_bytes),
             tokens_per_s=self._cutter.rate(kind, first, end, spread),
         )
 
@@ -309,30 +327,3 @@ def _in_lattice(lattice: Lattice, terms: Terms, workers: int, single: bool, rate
 def _on_line(line: Line, terms: Terms, single: bool, rate: float) -> Found:
     parts = terms.parts(rate)
     return line.best(parts, single=single) if line.may_carry(parts) else Found(0, ())
-
-
-def _idle(groups: Sequence[Group], counts: Group) -> Group:
-    return tuple(count - sum(group[kind] for group in groups) for kind, count in enumerate(counts))
-
-
-def _moves(groups: tuple[Group, ...], counts: Group) -> Iterator[tuple[Group, ...]]:
-    """Neighbours: a worker goes to another stage, comes from the idle or joins them; stages change places or merge."""
-    places = [*groups, _idle(groups, counts)]
-    for source, target in ((a, b) for a in range(len(places)) for b in range(len(places)) if a != b):
-        for kind, count in enumerate(places[source]):
-            if count:
-                moved = list(places)
-                moved[source] = _with(moved[source], kind, -1)
-                moved[target] = _with(moved[target], kind, 1)
-                yield tuple(group for group in moved[:-1] if any(group))
-    for one in range(len(groups)):
-        for other in range(one + 1, len(groups)):
-            swapped = list(groups)
-            swapped[one], swapped[other] = groups[other], groups[one]
-            yield tuple(swapped)
-            merged = tuple(a + b for a, b in zip(groups[one], groups[other], strict=True))
-            yield (*groups[:one], merged, *groups[one + 1 : other], *groups[other + 1 :])
-
-
-def _with(group: Group, kind: int, change: int) -> Group:
-    return (*group[:kind], group[kind] + change, *group[kind + 1 :])

@@ -98,7 +98,7 @@ def _rates(model: Model, load: Load, machine: Machine, flight: Flight, place: in
     base_s = forward_s(model, load, machine.speed, *bounds[0], flight.rows)
     more_s = layer_s(load, machine.speed, flight.rows)
     each_s = [base_s + more_s * (end - first - bounds[0][1] + bounds[0][0]) for first, end in bounds]
-    return [float("inf"), *worker_rates(model, load, machine, flight, each_s)]
+    return [float("inf"), *worker_rates(model, load, machine, flight, *bounds[0], each_s)]
 
 
 def ranges(layers: int, place: int) -> list[tuple[int, int]]:

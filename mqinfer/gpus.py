@@ -37,13 +37,15 @@ class Gpu:
     flops_32: float
     bytes_per_s: float
     memory_bytes: int
+    #: Whether it computes in bfloat16; where it is only emulated, the peaks say nothing.
+    bfloat16: bool
 
 
-def _gpu(tflops_16: float, tflops_32: float, gb_per_s: float, gib: int) -> Gpu:
-    return Gpu(tflops_16 * 1e12, tflops_32 * 1e12, gb_per_s * 1e9, gib * 2**30)
+def _gpu(tflops_16: float, tflops_32: float, gb_per_s: float, gib: int, *, bfloat16: bool = True) -> Gpu:
+    return Gpu(tflops_16 * 1e12, tflops_32 * 1e12, gb_per_s * 1e9, gib * 2**30, bfloat16)
 
 
-#: Names as `gpu` in a fleet's file. V100, T4 and P100 have no bfloat16: give the plan float16 there.
+#: Names as `gpu` in a fleet's file.
 GPUS: Mapping[str, Gpu] = {
     "H200": _gpu(989, 67, 4800, 141),
     "H100-SXM": _gpu(989, 67, 3350, 80),
@@ -55,10 +57,10 @@ GPUS: Mapping[str, Gpu] = {
     "A10": _gpu(125, 31.2, 600, 24),
     "L40S": _gpu(362, 91.6, 864, 48),
     "L4": _gpu(121, 30.3, 300, 24),
-    "V100-32GB": _gpu(125, 15.7, 900, 32),
-    "V100-16GB": _gpu(125, 15.7, 900, 16),
-    "T4": _gpu(65, 8.1, 320, 16),
-    "P100": _gpu(18.7, 9.3, 732, 16),
+    "V100-32GB": _gpu(125, 15.7, 900, 32, bfloat16=False),
+    "V100-16GB": _gpu(125, 15.7, 900, 16, bfloat16=False),
+    "T4": _gpu(65, 8.1, 320, 16, bfloat16=False),
+    "P100": _gpu(18.7, 9.3, 732, 16, bfloat16=False),
     "RTX-6000-Ada": _gpu(364, 91.1, 960, 48),
     "RTX-A6000": _gpu(154.8, 38.7, 768, 48),
     "RTX-5090": _gpu(209.5, 104.8, 1792, 32),

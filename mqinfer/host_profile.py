@@ -5,6 +5,7 @@ No torch and no RabbitMQ may be imported here; measuring is `profiling.py` and `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from mqinfer.toml_table import Table, document, read_file, replace_file, string
 
 #: Seconds by rows, rows rising.
 Points = tuple[tuple[int, float], ...]
+#: Above all that is counted in a profile, and arithmetic with it is still exact enough.
+MOST = 2**50
+#: As PyTorch calls devices; "gpu", as people do, it does not know.
+_DEVICE = re.compile(r"(?!gpu)[a-z]+(:[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,15 +122,15 @@ def loads(text: str) -> HostProfile:
     link = Table(top.take("link", dict), "link.") if "link" in top else None
     profile = HostProfile(
         host=top.take("host", str),
-        device=top.take("device", str),
-        threads=top.take("threads", int),
-        memory_bytes=top.take("memory_bytes", int),
+        device=device(top.take("device", str)),
+        threads=_whole("threads", top.take("threads", int)),
+        memory_bytes=_whole("memory_bytes", top.take("memory_bytes", int)),
         model=model.take("name", str),
         fingerprint=model.take("fingerprint", str),
         dtype=model.take("dtype", str),
-        context_tokens=seconds.take("context_tokens", int),
-        prefill_tokens=seconds.take("prefill_tokens", int),
-        layers=seconds.take("layers", int),
+        context_tokens=_whole("seconds.context_tokens", seconds.take("context_tokens", int)),
+        prefill_tokens=_whole("seconds.prefill_tokens", seconds.take("prefill_tokens", int)),
+        layers=_whole("seconds.layers", seconds.take("layers", int)),
         forward=_points("seconds.forward", seconds.take("forward", list)),
         layer=_points("seconds.layer", seconds.take("layer", list)),
         head=_points("seconds.head", seconds.take("head", list)),
@@ -135,7 +140,16 @@ def loads(text: str) -> HostProfile:
     )
     for table in (top, model, seconds, *([link] if link else [])):
         table.finish()
+    if not any(taken for _, taken in profile.layer):
+        raise PlanError("seconds.layer: a layer takes time, and these are all 0")
     return profile
+
+
+def device(name: str) -> str:
+    """The name. Raises: PlanError where no device can have it: it becomes a part of commands."""
+    if not _DEVICE.fullmatch(name):
+        raise PlanError(f"device: {name!r} is no device: write cpu, cuda or, for the second GPU, cuda:1")
+    return name
 
 
 def _link(table: Table) -> LinkProfile:
@@ -145,18 +159,26 @@ def _link(table: Table) -> LinkProfile:
     )
 
 
-def _positive(key: str, value: float) -> float:
-    if not 0 <= value < float("inf"):
-        raise PlanError(f"{key}: {value} is not a number of 0 or more")
+def _whole(key: str, value: int) -> int:
+    if not 0 <= value < MOST:
+        raise PlanError(f"{key}: {value} is not a number of 0 or more" + (", or too large" if value > 0 else ""))
     return value
+
+
+def _positive(key: str, value: float) -> float:
+    if not 0 <= value <= MOST:
+        raise PlanError(f"{key}: {value} is not a number of 0 or more" + (", or too large" if value > 0 else ""))
+    return float(value)
 
 
 def _points(key: str, values: Sequence[Any]) -> Points:
     points: list[tuple[int, float]] = []
     for value in values:
         match value:
-            case [int(rows), float() | int() as seconds] if rows > (points[-1][0] if points else 0):
-                points.append((rows, _positive(key, float(seconds))))
+            case [int(rows), float() | int() as seconds] if (
+                bool not in (type(rows), type(seconds)) and (points[-1][0] if points else 0) < rows < MOST
+            ):
+                points.append((rows, _positive(key, seconds)))
             case _:
                 raise PlanError(f"{key}: {value!r} is not [rows, seconds] with rising rows")
     if not points:

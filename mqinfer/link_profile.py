@@ -11,6 +11,7 @@ import statistics
 import time
 from dataclasses import replace
 
+from mqinfer.errors import TransportError
 from mqinfer.host_profile import LinkProfile
 from mqinfer.queues import new_id, results
 from mqinfer.transports.base import Delivery, Transport
@@ -19,6 +20,8 @@ from mqinfer.transports.base import Delivery, Transport
 SMALL_BYTES, LARGE_BYTES = 2**10, 2**20
 #: Messages of each size that count, after some that do not.
 MESSAGES, WARM_MESSAGES = 15, 3
+#: How long one may take: the queue is gone with its link, and what was in it never comes.
+WAIT_S = 30.0
 
 
 async def measure(transport: Transport) -> LinkProfile:
@@ -43,8 +46,12 @@ async def _median_s(transport: Transport, queue: str, arrived: asyncio.Queue[Del
     for _ in range(WARM_MESSAGES + MESSAGES):
         body = os.urandom(size_bytes)
         began_s = time.perf_counter()
-        await transport.publish(queue, body)
-        delivery = await arrived.get()
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await transport.publish(queue, body)
+                delivery = await arrived.get()
+        except TimeoutError as error:
+            raise TransportError(f"no message came back through the broker within {WAIT_S:g} s") from error
         seconds.append(time.perf_counter() - began_s)
         await delivery.ack()
     return statistics.median(seconds[WARM_MESSAGES:])

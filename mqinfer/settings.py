@@ -204,11 +204,15 @@ class ProfileSettings(WorkerSettings):
     log_level: LogLevel = "warning"
 
 
+#: Requests that a coordinator computes at the same time at most.
+MOST_ROWS = 65_535
+
+
 class CoordinatorSettings(Settings):
     """A coordinator's."""
 
     #: Requests computed at the same time at most.
-    rows: int = Field(128, ge=1, le=65_535)
+    rows: int = Field(128, ge=1, le=MOST_ROWS)
     #: Rows that travel in one microbatch at most.
     microbatch_rows: int = Field(64, ge=1, le=1024)
     #: New positions of one step at most: how long a prefill makes others wait.

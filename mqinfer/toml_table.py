@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,8 @@ class Table:
             raise PlanError(f"{self._prefix}{key}: missing")
         value = self._values.pop(key)
         if kind is float and type(value) is int:
+            if abs(value) > sys.float_info.max:
+                raise PlanError(f"{self._prefix}{key}: {value} is too large")
             value = float(value)
         if type(value) is not kind:
             raise PlanError(f"{self._prefix}{key}: {value!r} is not {_KINDS[kind]}")
@@ -58,8 +61,10 @@ def document(text: str) -> Table:
     """The whole file's table. Raises: PlanError."""
     try:
         return Table(tomllib.loads(text), "")
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError; and int's own, of thousands of digits
         raise PlanError(f"not TOML: {error}") from error
+    except RecursionError as error:
+        raise PlanError("not TOML: its brackets are nested too deeply") from error
 
 
 def string(text: str) -> str:
@@ -70,11 +75,15 @@ def string(text: str) -> str:
 def read_file(path: str | Path, what: str, loads: Callable[[str], _T]) -> _T:
     """What `loads` makes of the file. Raises: PlanError that names the file, and the key at fault."""
     try:
-        return loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise PlanError(f"can't read {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise PlanError(f"{path}: not UTF-8 text") from error
+    except ValueError as error:  # no path has a NUL
+        raise PlanError(f"can't read {what} {str(path)!r}: {error}") from error
+    try:
+        return loads(text)
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
 

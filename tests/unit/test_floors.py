@@ -53,7 +53,7 @@ ROOMS = (
         "policy",
         2,
         "batching codec_choice pacing verdicts partition placement rows scheduler forecast scaling fleet_costs "
-        "fleet_search fleet_cut fleet_plan gpus",
+        "fleet_search fleet_order fleet_moves fleet_cut fleet_plan fleet_growth gpus",
     ),
     Room("engine", 3, "stage_engine"),
     Room("link", 3, "link reports"),

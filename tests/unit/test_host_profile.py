@@ -10,13 +10,13 @@ import pytest
 import torch
 from families import LAYERS, Tiny, save
 
-from mqinfer import checkpoint, host_profile, link_profile, profiling
-from mqinfer.errors import PlanError
+from mqinfer import checkpoint, gpus, host_profile, link_profile, profiling
+from mqinfer.errors import PlanError, TransportError
 from mqinfer.host_profile import HostProfile, LinkProfile
 from mqinfer.observe import STAGE_LOADED, add_sink
 from mqinfer.profiling import Weights, count_layers
 from mqinfer.queues import new_id
-from mqinfer.settings import WorkerSettings
+from mqinfer.settings import CoordinatorSettings, WorkerSettings
 from mqinfer.transports import open_transport
 
 PROFILE = HostProfile(
@@ -61,11 +61,27 @@ def test_what_is_written_is_read(profile: HostProfile, tmp_path: Path) -> None:
         ("[[1, 0.1]]", "[]", "seconds.embedding: there is none"),
         ("layer_prefill_token = 1.5e-06", "layer_prefill_token = nan", "seconds.layer_prefill_token: nan is not"),
         ("[model]", "[model", "not TOML"),
+        ("threads = 2", "threads = -2", "threads: -2 is not a number of 0 or more"),
+        ("memory_bytes = 17179869184", "memory_bytes = -5", "memory_bytes: -5 is not a number of 0 or more"),
+        ("memory_bytes = 17179869184", f"memory_bytes = {10**40}", "memory_bytes: 1000000"),
+        ("[1, 0.001]", "[true, 0.001]", r"seconds.forward: \[True, 0.001\] is not \[rows, seconds\]"),
+        ("[1, 0.001]", "[1, true]", r"seconds.forward: \[1, True\] is not \[rows, seconds\]"),
+        ("[1, 0.001]", f"[1, {10**400}]", "seconds.forward: 1000000"),
+        ("[32, 0.003]", f"[{10**400}, 0.003]", "seconds.layer: .*rising rows"),
+        ("hop_s = 0.001", f"hop_s = {10**400}", "link.hop_s: 1000000.*too large"),
+        ("[[1, 1e-05], [8, 0.002], [32, 0.003]]", "[[1, 0], [8, 0.0]]", "seconds.layer: a layer takes time"),
+        ('"cuda:1"', '"gpu"', "device: 'gpu' is no device: write cpu, cuda or, for the second GPU, cuda:1"),
+        ('"cuda:1"', '"cpu; reboot"', "device: 'cpu; reboot' is no device"),
     ],
 )
 def test_what_is_wrong_in_a_profile_is_named(old: str, new: str, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         host_profile.loads(rewritten(old, new))
+
+
+def test_prompts_are_measured_and_estimated_in_the_steps_that_a_coordinator_makes() -> None:
+    step_tokens = CoordinatorSettings.model_fields["step_tokens"].default
+    assert profiling.PREFILL_TOKENS == gpus.PREFILL_TOKENS == step_tokens
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +158,21 @@ def test_small_layers_are_measured_many_at_once_and_no_more_than_there_is_room_f
 def test_what_can_not_be_profiled_is_said(weights: Weights, free: int | None, said: str) -> None:
     with pytest.raises(PlanError, match=said):
         count_layers(weights, free, 40)
+
+
+async def test_a_message_that_never_comes_back_ends_the_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_profile, "WAIT_S", 0.01)
+    transport = await open_transport(f"memory://{new_id('link')}")
+
+    async def lost(queue: str, body: bytes) -> None:
+        pass
+
+    transport.publish = lost  # type: ignore[method-assign, assignment]
+    try:
+        with pytest.raises(TransportError, match="no message came back through the broker within"):
+            await link_profile.measure(transport)
+    finally:
+        await transport.close()
 
 
 async def test_a_link_is_measured_and_leaves_no_queue() -> None:
