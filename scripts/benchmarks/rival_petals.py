@@ -31,6 +31,9 @@ VARIABLE = "MQINFER_PETALS"
 #: Converted checkpoints, and what else Petals keeps.
 CACHE = HOME / "petals"
 
+#: Its sessions wait for each other for ever now and then. No run of its own has taken a third of that.
+PATIENCE_S = 600.0
+
 #: Nothing fetched, nothing of this environment found there.
 ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
@@ -76,7 +79,7 @@ def contender(work: Workload, agreement: Agreement, name: str = "Petals", *, bat
 def _asked(petals: Side, question: dict[str, Any]) -> dict[str, Any]:
     """The answer. Raises: Unavailable: a rival that breaks is left out."""
     try:
-        return petals.ask(**question)
+        return petals.ask(PATIENCE_S, **question)
     except SideFailed as error:
         raise Unavailable(str(error)) from error
 

@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,8 @@ class Side:
         """Of the process."""
         return self._running.pid
 
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """The answer, however long it takes. Raises: SideFailed, Unavailable, or what `meanwhile` raises."""
+    def ask(self, within_s: float = inf, /, **question: Any) -> dict[str, Any]:
+        """The answer. Raises: SideFailed, also where it takes too long; Unavailable; or what `meanwhile` raises."""
         if self._running.stdin is None or self._running.stdout is None:
             raise SideFailed(f"{self._name} has no pipes")
         try:
@@ -54,7 +56,10 @@ class Side:
             self._running.stdin.flush()
         except BrokenPipeError:
             raise SideFailed(self._report()) from None
+        began_s = time.monotonic()
         while not select.select([self._running.stdout], [], [], LOOK_S)[0]:
+            if time.monotonic() - began_s > within_s:
+                raise SideFailed(f"{self._name} has not answered for {within_s:.0f} s")
             if self._meanwhile is not None:
                 self._meanwhile()
         line = self._running.stdout.readline()
