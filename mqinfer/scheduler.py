@@ -1,8 +1,8 @@
 """The coordinator's mind: rows, microbatches, epochs. No clock, no I/O, no asyncio.
 
-Events go in (`add`, `done`, `gone`, `overdue`), what must be done comes out as decisions, in order. The
-invariant: a row is in exactly one place, either `waiting` or one microbatch; a microbatch always has exactly one
-step under way, and an end of trip that is not that step's changes nothing.
+Events go in (`add`, `seen`, `taken`, `done`, `gone`, `unsent`, `overdue`), what must be done comes out as decisions,
+in order. The invariant: a row is in exactly one place, either `waiting` or one microbatch; a microbatch always has
+exactly one step under way, and an end of trip that is not that step's changes nothing.
 """
 
 from __future__ import annotations
@@ -107,10 +107,13 @@ class Scheduler:
         """So many workers take first trips at the stage. If one has come, nobody joins the routes that there are.
 
         Only first trips lead to the newcomer, and the broker hands them out by turns, whatever a worker has already: it
-        has its share when all routes are new ones, as soon as the rows of the old ones have ended.
+        has its share when all routes are new ones, as soon as the rows of the old ones have ended. Who took none for a
+        while, because it was full, is still on routes and no newcomer.
         """
-        if 0 < self.consumers[stage] < consumers:
-            for microbatch in self.microbatches.values():
+        routes = [microbatch for microbatch in self.microbatches.values() if stage < len(microbatch.route)]
+        known = max(self.consumers[stage], len({microbatch.route[stage] for microbatch in routes}))
+        if self.consumers[stage] and known < consumers:
+            for microbatch in routes:
                 microbatch.closed = True
         self.consumers[stage] = consumers
 
@@ -152,8 +155,8 @@ class Scheduler:
     def gone(self, queue: str, now_s: float) -> list[Decision]:
         """The worker behind `queue` no longer exists: what it may have held is replayed.
 
-        Which of them it was computing is not known (see `_blame`), but for a first trip that it was the last to take:
-        there the broker's redelivery would show the same, once a peer takes it.
+        Which of them it was computing is not known (see `Microbatch.blame`), but for a first trip that it was the last
+        to take: there the broker's redelivery would show the same, once a peer takes it.
         """
         decisions: list[Decision] = []
         for microbatch in [m for m in self.microbatches.values() if m.is_hit_by(queue)]:

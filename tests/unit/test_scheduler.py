@@ -496,14 +496,30 @@ def test_where_a_worker_has_come_rows_join_no_route_that_was_there_before(before
     ring.turn()
     old = set(ring.scheduler.microbatches)
     ring.scheduler.seen(1, now)
-    ring.add(*(request(f"r{i}") for i in range(10)))
+    ring.add(*(request(f"r{i}", max_tokens=30) for i in range(40)))
     most = 0
     while ring.sent:
         step = ring.sent[0].step
         most = max(most, len(step.rows) if step.microbatch in old else 0)
         ring.turn()
     assert (most > 1) is joined
-    assert len(ring.results) == 11
+    assert len(ring.results) == 41
+
+
+def test_a_worker_that_was_full_for_a_while_is_no_newcomer() -> None:
+    ring = Ring()
+    ring.scheduler.seen(1, 2)
+    ring.add(request("first", max_tokens=20), request("second", max_tokens=20))
+    ring.turn()
+    ring.turn()
+    of_two = zip(ring.scheduler.microbatches.values(), ("a", "b"), strict=True)
+    for microbatch, worker in of_two:
+        microbatch.route = (microbatch.route[0], worker, *microbatch.route[2:])
+    ring.scheduler.seen(1, 1)
+    ring.scheduler.seen(1, 2)
+    assert not any(microbatch.closed for microbatch in ring.scheduler.microbatches.values())
+    ring.scheduler.seen(1, 3)
+    assert all(microbatch.closed for microbatch in ring.scheduler.microbatches.values())
 
 
 def test_a_checkpoint_goes_on_where_it_was_kept() -> None:
