@@ -14,8 +14,9 @@ from mqinfer.stage_compute import Outgoing
 from mqinfer.stage_engine import StageEngine
 from mqinfer.stage_inbox import StageInbox, Taken
 
-#: The sums that forwards are fitted by.
+#: The sums that forwards are fitted by, and what is kept of them with each forward: about 100 count.
 FITTED = ("forwards", "tokens", "busy_s", "tokens_squared", "token_busy_s")
+KEPT = 0.99
 #: What `tokens_per_s` is taken over.
 RATE_WINDOW_S = 10.0
 
@@ -28,6 +29,8 @@ class StageCounts:
         self._clock = clock
         #: By name, units in the name: what `Report.values` carries.
         self.values: Counter[str] = Counter()
+        #: Those of FITTED, but of the last forwards only, and without the first one, in which kernels are loaded.
+        self._fitted = dict.fromkeys(FITTED, 0.0)
         #: Of the latest forward: its seconds, its positions.
         self.latest = (0.0, 0)
         #: (when, positions) of the forwards of the last RATE_WINDOW_S.
@@ -48,9 +51,12 @@ class StageCounts:
         self.latest = (seconds, counts["tokens"])
         self._recent.append((self._clock(), counts["tokens"]))
         self._forget_old()
-        self.values.update({"forwards": 1, "steps": len(taken), "busy_s": seconds, "wait_s": sum(waits_s), **counts})
-        # From these two and the sums above follows what of a forward's time grows with its positions (forecast.fit).
-        self.values.update({"tokens_squared": counts["tokens"] ** 2, "token_busy_s": counts["tokens"] * seconds})
+        tokens = counts["tokens"]
+        # What of a forward's time grows with its positions follows from the sums of these (forecast.fit).
+        fitted = dict(zip(FITTED, (1, tokens, seconds, tokens**2, tokens * seconds), strict=True))
+        if self.values["forwards"]:
+            self._fitted = {name: KEPT * self._fitted[name] + fitted[name] for name in FITTED}
+        self.values.update({**fitted, **counts, "steps": len(taken), "wait_s": sum(waits_s)})
         emit(
             STEP_COMPUTED,
             stage=self._stage,
@@ -91,9 +97,8 @@ class StageCounts:
         return sum(tokens for at_s, tokens in list(self._recent) if at_s > oldest_s) / RATE_WINDOW_S
 
     def worth_tokens(self) -> float:
-        """See forecast.Speed, of the forwards so far."""
-        sums = {name: float(self.values[name]) for name in FITTED}
-        speed = fit(**sums)
+        """See forecast.Speed, of the last forwards."""
+        speed = fit(**self._fitted)
         return inf if speed is None else speed.worth_tokens
 
     def _forget_old(self) -> None:

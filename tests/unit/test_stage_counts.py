@@ -132,3 +132,18 @@ def test_every_step_runs_once_in_its_order_and_suspects_alone_after_the_others(
     for group in groups:
         assert len(group) == 1 or not any(item.step.alone for item in group)
         assert sum(row.count for item in group[:-1] for row in item.step.rows) < worth_tokens
+
+
+def test_a_stall_does_not_keep_microbatches_apart_for_ever() -> None:
+    counts = StageCounts(0)
+    for positions, seconds in [(256, 1.5), (16, 0.02), (256, 1.5), *[(16, 0.02)] * 1000]:
+        counts.computed([taken((positions,))], [], 0.0, seconds)
+    assert counts.worth_tokens() > 4 * 16
+
+
+def test_the_first_forward_says_nothing_of_the_others() -> None:
+    counts = StageCounts(0)
+    counts.computed([taken((256,))], [], 0.0, 1.5)
+    assert counts.worth_tokens() == inf
+    counts.computed([taken((16,))], [], 0.0, 0.02)
+    assert counts.worth_tokens() > 4 * 16
