@@ -211,8 +211,6 @@ class WorkerSession:
         if await self._told_lost(taken):
             return False
         if self._has_room(taken.step):
-            if not taken.step.alone:
-                await self._tell_taken(taken.step)
             return True
         await self._inbox.stop_until(lambda: self._has_room(taken.step))
         await self._inbox.put_back(taken.delivery, ttl_s=taken.step.ttl_s)
@@ -241,6 +239,9 @@ class WorkerSession:
         if taken[0].step.alone:
             await self._run_alone(taken[0])
             return
+        for item in taken:
+            if len(item.step.route) == self._stage:  # on its first trip
+                await self._tell_taken(item.step)
         outgoing = await self._compute_steps(taken)
         await self._publishing.acquire()
         self._tasks.create_task(self._publish(taken, outgoing))
