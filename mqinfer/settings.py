@@ -162,7 +162,8 @@ def otlp_variable() -> str:
     Raises: SettingsError where it is no address; the library would say so for every batch of spans.
     """
     names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    name = next((name for name in names if os.environ.get(name)), "")
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    name = "" if off else next((name for name in names if os.environ.get(name)), "")
     if name and not re.match(r"https?://[^/\s]", os.environ[name]):
         raise SettingsError(f"{name}: write an address such as http://collector:4318")
     return name

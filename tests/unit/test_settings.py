@@ -274,6 +274,13 @@ def test_opentelemetry_s_own_variables_say_whether_spans_are_sent(monkeypatch: p
     assert otlp_variable() == name
 
 
+@pytest.mark.parametrize(("name", "value"), [("OTEL_SDK_DISABLED", "True"), ("OTEL_TRACES_EXPORTER", "none")])
+def test_opentelemetry_s_own_switches_switch_it_off(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318")
+    monkeypatch.setenv(name, value)
+    assert otlp_variable() == ""
+
+
 @pytest.mark.parametrize("address", ["collector:4318", "http://", "http:///v1/traces", "grpc://collector:4317", " "])
 def test_spans_are_not_sent_to_what_is_no_address(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
