@@ -86,7 +86,7 @@ def backoff() -> wait_random_exponential:
 
 
 async def _linked(stop: asyncio.Event, connecting: Awaitable[Transport]) -> Transport | None:
-    """The link, or None if `stop` is set before. No link stays open that nobody gets."""
+    """The link, or None if `stop` is set before; then none is left open."""
     task = asyncio.ensure_future(connecting)
     stopped = asyncio.ensure_future(stop.wait())
     try:
@@ -103,7 +103,7 @@ async def _linked(stop: asyncio.Event, connecting: Awaitable[Transport]) -> Tran
 
 
 async def _abandon(task: asyncio.Future[Transport]) -> None:
-    """End it; what opens all the same, because it is late or a client swallows the cancellation, is closed."""
+    """End it; what opens all the same, because a client swallows the cancellation, is closed, if it is not too late."""
     task.cancel()
     await asyncio.wait({task}, timeout=ABANDON_S)
     if task.done() and not task.cancelled() and task.exception() is None:

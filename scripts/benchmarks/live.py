@@ -171,6 +171,8 @@ class Job:
         async with asyncio.timeout(4 * PATIENCE_S):
             while self.process.poll() is None:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
+        if self.process.returncode:
+            raise WrongWork(f"the job ended with {self.process.returncode}")
         return read_results(self.output.read_text().splitlines(), self.wanted_tokens)
 
 

@@ -48,7 +48,10 @@ def _commit() -> str:
 
 def _git(*arguments: str) -> str:
     git = ["git", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # not installed
+        return ""
 
 
 def _read(path: str) -> str:
