@@ -134,7 +134,7 @@ def run(case: Case) -> Outcome:
         runners: dict[str, Callable[[], float]] = {}
 
         def leave_out(name: str, why: Unavailable) -> None:
-            absent[name] = " ".join(str(why).split())  # a cell of a table
+            absent[name] = " ".join(str(why).partition("\n")[0].split())  # a cell of a table
             say(f"{case.name}: {name} does not run: {why}")
 
         for contender in case.contenders:
