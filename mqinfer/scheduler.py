@@ -58,9 +58,13 @@ class Scheduler:
 
     def target(self) -> int:
         """How many microbatches there should be."""
-        served = [{m.route[k] for m in self.microbatches.values() if k < len(m.route)} for k in self._stages]
-        workers = [max(c, len(s)) for c, s in zip(self.consumers, served, strict=True)]
+        workers = [self._known(stage) for stage in self._stages]
         return batching.microbatch_target(workers, len(self.rows), self._limits)
+
+    def _known(self, stage: int) -> int:
+        """Workers of the stage that take first trips, or that are on routes."""
+        on_routes = {m.route[stage] for m in self.microbatches.values() if stage < len(m.route)}
+        return max(self.consumers[stage], len(on_routes))
 
     @property
     def _stages(self) -> range:
@@ -110,11 +114,9 @@ class Scheduler:
         has its share when all routes are new ones, as soon as the rows of the old ones have ended. Who took none for a
         while, because it was full, is still on routes and no newcomer.
         """
-        routes = [microbatch for microbatch in self.microbatches.values() if stage < len(microbatch.route)]
-        known = max(self.consumers[stage], len({microbatch.route[stage] for microbatch in routes}))
-        if self.consumers[stage] and known < consumers:
-            for microbatch in routes:
-                microbatch.closed = True
+        if self.consumers[stage] and self._known(stage) < consumers:
+            for microbatch in self.microbatches.values():
+                microbatch.closed |= bool(microbatch.route)
         self.consumers[stage] = consumers
 
     def taken(self, step: StepTaken, now_s: float) -> None:
