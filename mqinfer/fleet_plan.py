@@ -9,7 +9,7 @@ Within 5% of all possibilities for small fleets (tests/unit/test_fleet_plan.py),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, product
@@ -142,13 +142,9 @@ class _Planner:
     # -- searching the rate ----------------------------------------------------------------------
 
     def _lattice_searches(self, lattice: Lattice) -> Iterator[tuple[Terms, Find]]:
-        for workers in range(1, sum(self._counts) + 1):
-            for single in (True, False):
-                if (single and workers > len(self._model.layers)) or (workers == 1 and not single):
-                    continue
-                spread = flight(workers, workers if single else 1, self._load)
-                terms = self._terms(spread)
-                yield terms, partial(_in_lattice, lattice, terms, workers, single)
+        for workers, single, spread in self._flights(range(1, sum(self._counts) + 1)):
+            terms = self._terms(spread)
+            yield terms, partial(_in_lattice, lattice, terms, workers, single)
 
     def _line_searches(self) -> Iterator[tuple[Terms, Find]]:
         total = sum(self._counts)
@@ -156,31 +152,30 @@ class _Planner:
         step = WORKERS_STEP if len(self._machines) <= MANY_KINDS else MANY_KINDS_STEP
         while sizes[-1] > 1:
             sizes.append(min(sizes[-1] - 1, int(sizes[-1] / step)))
-        for workers in sizes:
-            for single in (True, False):
-                if (single and workers > len(self._model.layers)) or (workers == 1 and not single):
-                    continue
-                spread = flight(workers, workers if single else 1, self._load)
-                terms = self._terms(spread)
-                busy = self._foremost(terms, workers)
-                self._offer((busy,))
-                for line in self._lines(busy, spread):
-                    yield terms, partial(_on_line, line, terms, single)
-                    if single:  # their order is all the same then
-                        break
+        for workers, single, spread in self._flights(sizes):
+            terms = self._terms(spread)
+            busy = self._foremost(terms, workers)
+            self._offer((busy,))
+            for line in self._lines(busy, spread):
+                yield terms, partial(_on_line, line, terms, single)
+                if single:  # their order is all the same then
+                    break
 
     def _order_searches(self) -> Iterator[tuple[Terms, Find]]:
         layers = len(self._model.layers)
-        for workers, single in product(range(1, sum(self._counts) + 1), (True, False)):
-            if (single and workers > layers) or (workers == 1 and not single):
-                continue
-            spread = flight(workers, workers if single else 1, self._load)
+        for workers, single, spread in self._flights(range(1, sum(self._counts) + 1)):
 
             def find(rate: float, spread: Flight = spread, workers: int = workers, single: bool = single) -> Found:
                 makes = partial(self._cutter.makes, spread, rate)
                 return fleet_order.carry(makes, layers, self._counts, workers=workers, single=single)
 
             yield self._terms(spread), find
+
+    def _flights(self, sizes: Iterable[int]) -> Iterator[tuple[int, bool, Flight]]:
+        """Of so many busy workers: each with a stage of its own (True), or some that share one."""
+        for workers, single in product(sizes, (True, False)):
+            if (single and workers <= len(self._model.layers)) or (not single and workers > 1):
+                yield workers, single, flight(workers, workers if single else 1, self._load)
 
     def _foremost(self, terms: Terms, workers: int) -> Group:
         """The machines that carry the most."""
