@@ -53,7 +53,7 @@ def plan(
     if fleet is None:
         if given := [f"--{flag}" for flag, value in {**beside, "json": as_json or None}.items() if value is not None]:
             raise SettingsError(f"{', '.join(given)}: only with --fleet FILE")
-        from mqinfer.commands import make_plan
+        from mqinfer.fleet_commands import make_plan
 
         make_plan(
             model,

@@ -19,7 +19,6 @@ from mqinfer.batch_rows import Progress, Rows
 from mqinfer.coordinator import Coordinator
 from mqinfer.coordinator_counts import Trace, untraced
 from mqinfer.errors import SettingsError
-from mqinfer.fleet_commands import measured_costs
 from mqinfer.link import Connect
 from mqinfer.observe import size
 from mqinfer.plan import Plan
@@ -79,40 +78,6 @@ async def linked(settings: Settings, actor: str) -> AsyncIterator[Transport]:
         yield transport
     finally:
         await transport.close()
-
-
-def make_plan(
-    model: str,
-    *,
-    stages: int | None,
-    cut: str | None,
-    dtype: str,
-    name: str | None,
-    revision: str,
-    output: Path | None,
-    profile: Path | None,
-) -> None:
-    """Print the plan's table, write its file."""
-    if (stages is None) == (cut is None):
-        raise SettingsError("say either --stages N or --cut A,B,…")
-    cuts = None if cut is None else _cuts(cut)
-    found, costs = measured_costs(model, profile, dtype, revision) if profile else (None, None)
-    plan, facts = checkpoint.make_plan(
-        model, stages=stages, cuts=cuts, dtype=dtype, name=name, revision=revision, found=found, costs=costs
-    )
-    console.show_plan(plan, checkpoint.stage_table(plan, facts, costs))
-    if output is None:
-        console.say("nothing was written: give the plan a file with -o")
-    else:
-        plans.write(plan, output)
-        console.say(f"wrote {output}")
-
-
-def _cuts(text: str) -> list[int]:
-    try:
-        return [int(layer) for layer in text.split(",")]
-    except ValueError:
-        raise SettingsError(f"--cut {text!r}: write layer numbers such as 10,20") from None
 
 
 async def batch_here(

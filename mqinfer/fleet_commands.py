@@ -1,4 +1,4 @@
-"""What `mqinfer plan --fleet` and `mqinfer profile` do: files in; a plan, a profile, tables and commands out."""
+"""What `mqinfer plan` and `mqinfer profile` do: files in; a plan, a profile, tables and commands out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from mqinfer.observe import size
 from mqinfer.plan import DTYPES, Plan
 from mqinfer.running import unless_stopped
 from mqinfer.settings import CoordinatorSettings, WorkerSettings
-from mqinfer.transports import open_transport
 
 #: Where nothing is said: positions of a row, if the model has them.
 CONTEXT_TOKENS = 2048
@@ -33,6 +32,42 @@ CUT_ROWS = 32
 
 _ROWS = CoordinatorSettings.model_fields["rows"].default
 _STEP_TOKENS = WorkerSettings.model_fields["merge_tokens"].default
+
+
+def make_plan(
+    model: str,
+    *,
+    stages: int | None,
+    cut: str | None,
+    dtype: str,
+    name: str | None,
+    revision: str,
+    output: Path | None,
+    profile: Path | None,
+) -> None:
+    """Print the plan's table, write its file."""
+    if (stages is None) == (cut is None):
+        raise SettingsError("say either --stages N or --cut A,B,…")
+    cuts = None if cut is None else _cuts(cut)
+    found, costs = _measured_costs(model, profile, dtype, revision) if profile else (None, None)
+    plan, facts = checkpoint.make_plan(
+        model, stages=stages, cuts=cuts, dtype=dtype, name=name, revision=revision, found=found, costs=costs
+    )
+    console.show_plan(plan, checkpoint.stage_table(plan, facts, costs))
+    _write_plan(plan, output)
+
+
+def _cuts(text: str) -> list[int]:
+    try:
+        return [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise SettingsError(f"--cut {text!r}: write layer numbers such as 10,20") from None
+
+
+def _measured_costs(model: str, profile: Path, dtype: str, revision: str) -> tuple[CheckpointFacts, list[int]]:
+    """The checkpoint's facts, and what each layer costs by the profile. Raises: PlanError."""
+    facts = checkpoint.facts(model, revision)
+    return facts, fleet_file.stage_costs(facts, fleet_file.read_profile(profile, facts, dtype), CUT_ROWS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,13 +144,17 @@ def _too_small(model: str, shortage: Shortage, load: Load, machines: Sequence[Ma
     )
 
 
-def _write(plan: Plan, commands: str, options: FleetOptions) -> None:
-    """The files that were asked for."""
-    if options.output is None:
+def _write_plan(plan: Plan, output: Path | None) -> None:
+    if output is None:
         console.say("nothing was written: give the plan a file with -o")
     else:
-        plans.write(plan, options.output)
-        console.say(f"wrote {options.output}")
+        plans.write(plan, output)
+        console.say(f"wrote {output}")
+
+
+def _write(plan: Plan, commands: str, options: FleetOptions) -> None:
+    """The files that were asked for."""
+    _write_plan(plan, options.output)
     if options.commands is not None:
         try:
             options.commands.write_text(commands, encoding="utf-8")
@@ -194,12 +233,6 @@ def _service(unit: str, file: str, own: str, settings: Mapping[str, object]) -> 
     yield f"#   systemctl enable --now mqinfer.target {unit}"
 
 
-def measured_costs(model: str, profile: Path, dtype: str, revision: str) -> tuple[CheckpointFacts, list[int]]:
-    """The checkpoint's facts, and what each layer costs by the profile. Raises: PlanError."""
-    facts = checkpoint.facts(model, revision)
-    return facts, fleet_file.stage_costs(facts, fleet_file.read_profile(profile, facts, dtype), CUT_ROWS)
-
-
 async def profile(
     settings: WorkerSettings,
     model: str,
@@ -248,9 +281,7 @@ async def profile(
 
 async def _measure_link(settings: WorkerSettings) -> host_profile.LinkProfile:
     from mqinfer import link_profile
+    from mqinfer.commands import linked
 
-    transport = await open_transport(settings.broker, name="mqinfer profile", heartbeat_s=settings.heartbeat_s)
-    try:
+    async with linked(settings, "profile") as transport:
         return await link_profile.measure(transport)
-    finally:
-        await transport.close()
