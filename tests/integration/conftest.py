@@ -1,20 +1,23 @@
-"""Fixtures for the tests of the command line: a tiny model, its plan, prompts, and commands as processes."""
+"""Fixtures: for the command line a tiny model, its plan, prompts, and commands as processes; for actors a fleet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import Process, write_prompts
+from fakes import make_plan as fake_plan
 from families import Tiny, save
+from fleet import Fleet, Job
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from mqinfer import plan as plans
 from mqinfer.checkpoint import make_plan
 from mqinfer.queues import new_id
+from mqinfer.transports import open_transport
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +58,21 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     for running in started:
         running.process.kill()
         running.process.wait()
+
+
+@pytest.fixture
+async def fleet(transport_url: str) -> AsyncIterator[Fleet]:
+    """Actors in tasks of the test, over both transports."""
+    fleet = Fleet(transport_url, fake_plan(new_id("t")))
+    yield fleet
+    await fleet.close()
+
+
+@pytest.fixture
+async def job(fleet: Fleet) -> AsyncIterator[Job]:
+    """A job for that fleet."""
+    transport = await open_transport(fleet.url)
+    job = Job(fleet, transport)
+    yield job
+    await job._producer.forget()
+    await transport.close()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from fakes import continuation, make_plan
+from fakes import continuation
 from fleet import PATIENCE_S, Fleet, Job, until
 
 from mqinfer import coordinator, survey
@@ -19,22 +19,6 @@ from mqinfer.queues import Topology, new_id
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Delivery
 from mqinfer.wire import decode, encode
-
-
-@pytest.fixture
-async def fleet(transport_url: str) -> AsyncIterator[Fleet]:
-    fleet = Fleet(transport_url, make_plan(new_id("t")))
-    yield fleet
-    await fleet.close()
-
-
-@pytest.fixture
-async def job(fleet: Fleet) -> AsyncIterator[Job]:
-    transport = await open_transport(fleet.url)
-    job = Job(fleet, transport)
-    yield job
-    await job._producer.forget()
-    await transport.close()
 
 
 async def test_every_request_gets_its_one_result(fleet: Fleet, job: Job) -> None:

@@ -6,13 +6,12 @@ import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import Process, write_prompts
-from fakes import make_plan
 from fleet import PATIENCE_S, Fleet, Job, until
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -23,9 +22,7 @@ from otlp_receiver import Receiver
 from mqinfer import plan as plans
 from mqinfer.messages import Row
 from mqinfer.observe import add_sink
-from mqinfer.queues import new_id
 from mqinfer.tracing import Tracing
-from mqinfer.transports import open_transport
 
 WITHOUT_OTEL = """\
 import importlib.machinery
@@ -51,22 +48,6 @@ def tracing(spans: InMemorySpanExporter) -> Iterator[Tracing]:
     forget = add_sink(made.sink)
     yield made
     forget()
-
-
-@pytest.fixture
-async def fleet(transport_url: str) -> AsyncIterator[Fleet]:
-    fleet = Fleet(transport_url, make_plan(new_id("t")))
-    yield fleet
-    await fleet.close()
-
-
-@pytest.fixture
-async def job(fleet: Fleet) -> AsyncIterator[Job]:
-    transport = await open_transport(fleet.url)
-    job = Job(fleet, transport)
-    yield job
-    await job._producer.forget()
-    await transport.close()
 
 
 def named(spans: InMemorySpanExporter, name: str) -> list[ReadableSpan]:
