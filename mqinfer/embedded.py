@@ -16,7 +16,7 @@ from mqinfer.link import Connect
 from mqinfer.plan import Plan
 from mqinfer.queues import new_id
 from mqinfer.settings import CoordinatorSettings, WorkerSettings
-from mqinfer.stage_compute import load_compute
+from mqinfer.stage_compute import load_aside
 from mqinfer.stage_worker import StageWorker
 from mqinfer.tokenizer import Tokenizer
 from mqinfer.transports import open_transport
@@ -37,7 +37,7 @@ async def pipeline(plan: Plan, folder: Path, tokenizer: Tokenizer, settings: Wor
     workers = []
     for stage in range(len(plan.stages)):
         own = _share(settings, plan, stage)
-        compute = await asyncio.to_thread(load_compute, plan, stage, folder, own)
+        compute = await load_aside(plan, stage, folder, own)
         workers.append(StageWorker(plan, stage, compute, own, connect))
     coordinator = Coordinator(plan, tokenizer, CoordinatorSettings(), connect)
     first, then = asyncio.Event(), asyncio.Event()

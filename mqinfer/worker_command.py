@@ -141,9 +141,9 @@ def _possible(plan: Plan, folder: Path, settings: WorkerSettings) -> list[int]:
 
 
 async def _loaded(plan: Plan, stage: int, folder: Path, settings: WorkerSettings, stop: asyncio.Event) -> StageWorker:
-    from mqinfer.stage_compute import load_compute
+    from mqinfer.stage_compute import load_aside
     from mqinfer.stage_worker import StageWorker
 
     await asyncio.to_thread(check_room, plan, [stage], folder, settings)
-    compute = await unless_stopped(stop, asyncio.to_thread(load_compute, plan, stage, folder, settings))
+    compute = await unless_stopped(stop, load_aside(plan, stage, folder, settings))
     return StageWorker(plan, stage, compute, settings, connecting(settings, f"worker {stage}"))
