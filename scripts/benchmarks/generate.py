@@ -170,7 +170,7 @@ def _prefill() -> Case:
     work = workload.prefill("float32")
     notes: list[str] = []
     agreement = Agreement(notes, wanted=True)
-    layouts = (ours.ONE_PROCESS, ours.ONE_PROCESS_2_STAGES, ours.TWO_WORKERS, ours.TWO_STAGES)
+    layouts = (ours.ONE_PROCESS, ours.ONE_PROCESS_2_STAGES, ours.TWO_WORKERS, ours.TWO_STAGES, ours.TWO_HALVES)
     return Case(
         "prefill",
         f"{_lengths(work)}, float32: prompts are scored, the likeliest next token is all that comes back. "
@@ -181,7 +181,7 @@ def _prefill() -> Case:
             petals(work, agreement, batch=16, sessions=2),
             *_ours(layouts, work, agreement),
         ],
-        [Goal(OURS.name, FORWARD, 1.0), Goal(OURS.name, PETALS, 1.4)],
+        [Goal(ours.TWO_HALVES.name, FORWARD, 1.0), Goal(ours.TWO_HALVES.name, PETALS, 1.4)],
         notes=notes,
     )
 

@@ -35,6 +35,8 @@ class Layout:
     workers: tuple[int, ...] = ()
     #: Of each worker, or of each stage.
     threads: int = 1
+    #: Where it is cut; nowhere named: into stages of equal cost when rows decode.
+    cuts: tuple[int, ...] = ()
     #: Further options of each worker.
     options: tuple[str, ...] = ()
     #: Further environment of all processes.
@@ -50,6 +52,8 @@ TWO_BY_TWO = Layout("mqinfer over RabbitMQ, 2 stages × 2 workers", 2, (0, 0, 1,
 #: For one row only one stage computes at a time: it may as well have both cores.
 ONE_WORKER_2_THREADS = Layout("mqinfer over RabbitMQ, 1 worker, 2 threads", 1, (0,), threads=2)
 TWO_STAGES_2_THREADS = Layout("mqinfer over RabbitMQ, 2 stages × 2 threads", 2, (0, 1), threads=2)
+#: Of a prompt only the last position goes through the head: for prompts alone, layers are all that there is to share.
+TWO_HALVES = Layout("mqinfer over RabbitMQ, 2 stages of 15 layers", 2, (0, 1), cuts=(15,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def pipeline(layout: Layout, dtype: str, rabbit: Rabbit) -> Iterator[Pipeline]:
     """The layout's processes, ready. Raises: Unavailable where there is no RabbitMQ; FleetBroken, SideFailed."""
     with tempfile.TemporaryDirectory(prefix="mqinfer-bench-") as name:
         folder = Path(name)
-        plan = make_plan(folder, layout.stages, dtype)
+        plan = make_plan(folder, layout.stages, dtype, layout.cuts)
         environment = {"OMP_NUM_THREADS": str(layout.threads), **layout.environment}
         if not layout.workers:
             threads = ("--threads", str(layout.threads))
