@@ -208,7 +208,7 @@ class LineReader:
     def chunks(self, has: Callable[[int, str | None], bool], size: int = 64) -> Iterator[Chunk]:
         """The lines that do not have their row, `size` lines of input at a time. Raises: OSError."""
         lines = read_lines(self.path)
-        seen = FingerprintSet()
+        seen = FingerprintSet(expect=count_lines(self.path))
         digest = hashlib.blake2b(digest_size=16)
         while batch := list(islice(lines, size)):
             for _, raw in batch:

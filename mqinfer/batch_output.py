@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
-from mqinfer.batch_files import MOST_LINES, fingerprint, lines_digest
+from mqinfer.batch_files import MOST_LINES, count_lines, fingerprint, lines_digest
 from mqinfer.compact_sets import FingerprintSet, LineSet
 from mqinfer.errors import OutputError, SettingsError
 
@@ -75,6 +75,7 @@ class OutputFile:
         self._file.close()
 
     def _read(self, retry_errors: bool) -> None:
+        self.ids = FingerprintSet(expect=count_lines(self.path))
         whole_bytes, dropped = 0, 0
         with self.path.open("rb") as file:
             for raw in file:

@@ -26,18 +26,27 @@ class LineSet:
         return byte < len(self._bits) and bool(self._bits[byte] >> bit & 1)
 
 
+#: What a set is told to expect takes no more than this at once: a file of a billion blank lines has no ids at all.
+MOST_EXPECTED = 2**22
+
+
 class FingerprintSet:
     """A set of evenly spread 64-bit numbers, 10 to 20 bytes each: a table in which each stands at or after its place.
 
-    A place is a number's lowest bits: who made up numbers that share them would only make it slow.
+    A set that is told how many to `expect` takes 10, and never has its table twice to let it grow.
     """
 
-    def __init__(self) -> None:
-        self._table = array("Q", bytes(8 * 64))
+    def __init__(self, expect: int = 0) -> None:
+        self._table = _table(max(51, min(expect, MOST_EXPECTED)) * 5 // 4 + 1)
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def table_bytes(self) -> int:
+        """What it takes."""
+        return self._table.itemsize * len(self._table)
 
     def add(self, number: int) -> bool:
         """Whether it is new."""
@@ -56,15 +65,20 @@ class FingerprintSet:
 
     def _place(self, number: int) -> int:
         """Where it stands, or the free place where it would."""
-        table, last = self._table, len(self._table) - 1
-        place = number & last
+        table, size = self._table, len(self._table)
+        place = number % size
         while (found := table[place]) and found != number:
-            place = (place + 1) & last
+            place = place + 1 if place + 1 < size else 0
         return place
 
     def _grow(self) -> None:
         numbers = self._table
-        self._table = array("Q", bytes(2 * 8 * len(numbers)))
+        self._table = _table(2 * len(numbers))
         for number in numbers:
             if number:
                 self._table[self._place(number)] = number
+
+
+def _table(places: int) -> array[int]:
+    """So many free ones."""
+    return array("Q", bytes(8 * places))

@@ -23,9 +23,9 @@ def test_a_set_of_lines_is_a_set(numbers: list[int]) -> None:
 NUMBERS = st.one_of(st.integers(1, 2**64 - 1), st.integers(1, 80), st.integers(1, 80).map(lambda high: high << 32 | 63))
 
 
-@given(st.lists(NUMBERS, max_size=200))
-def test_a_set_of_fingerprints_is_a_set(numbers: list[int]) -> None:
-    compact, known = FingerprintSet(), set()
+@given(st.lists(NUMBERS, max_size=200), st.integers(0, 300))
+def test_a_set_of_fingerprints_is_a_set(numbers: list[int], expect: int) -> None:
+    compact, known = FingerprintSet(expect), set()
     for number in numbers:
         assert (number in compact) == (number in known)
         assert compact.add(number) == (number not in known)
@@ -41,3 +41,11 @@ def test_it_grows_and_the_fingerprint_0_is_one_too() -> None:
     assert not any(compact.add(number) for number in numbers)
     assert all(number in compact for number in numbers)
     assert fingerprint("another") not in compact
+
+
+def test_it_takes_ten_bytes_for_each_that_it_expects_and_not_more_when_they_have_come() -> None:
+    compact = FingerprintSet(expect=10_000)
+    for at in range(10_000):
+        compact.add(fingerprint(str(at)))
+    assert compact.table_bytes <= 10 * 10_000 + 8
+    assert FingerprintSet(expect=10**12).table_bytes < 50 * 2**20
