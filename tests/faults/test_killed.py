@@ -25,6 +25,7 @@ INTERVAL_S = 4.0
 INTERVAL_ROWS = 60
 
 
+@pytest.mark.faults  # test_smollm2.py has a plainer one, for every day
 def test_a_worker_killed_on_every_stage_costs_no_row(
     healed: Roster, answers: dict[str, str], report: Report, tmp_path: Path
 ) -> None:
