@@ -29,6 +29,8 @@ from mqinfer.transports.base import Transport
 TURN_S = 1.0
 #: Nobody needs longer to choose, or to move on: what is refused so long is refused for another reason.
 TURNS_S = 120.0
+#: A worker in a long forward is waited for so long: without its speed none counts, and the model's costs do instead.
+HEARD_S = 10.0
 #: How often a worker looks whether another stage needs it more, and how many times in a row it must.
 LOOK_S, LOOKS = 20.0, 3
 
@@ -60,7 +62,7 @@ async def joining(
     `costs`: of each stage, in any unit.
     """
     await take_turn(transport, plan)
-    while (seen := await survey.take(transport, plan)).blocked:  # noqa: ASYNC110 - nobody tells of an alarm's end
+    while (seen := await survey.take(transport, plan, patience_s=HEARD_S)).blocked:  # noqa: ASYNC110 - nobody tells of an alarm's end
         await asyncio.sleep(TURN_S)
     stages = served(seen, costs)
     stage = best_stage(stages, possible)
@@ -94,7 +96,7 @@ async def until_better(
             unless_better.push_async_callback(transport.close)
             with contextlib.suppress(TransportError):
                 await take_turn(transport, plan)
-                seen = await survey.take(transport, plan)
+                seen = await survey.take(transport, plan, patience_s=HEARD_S)
                 better = better_stage(served(seen, costs), mine, possible) if seen.in_flight() else None
                 wanted = [] if better is None else [*wanted[-LOOKS:], better]
                 if wanted[-LOOKS:] == [better] * LOOKS:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from statistics import fmean
 
 from mqinfer.errors import WireError
@@ -199,8 +200,12 @@ def _worked(then: Report, now: Report) -> Worked:
     )
 
 
-async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5) -> Survey:
-    """Ask, wait `wait_s` for answers, look at the queues. Raises: TransportError."""
+async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5, patience_s: float = 0.0) -> Survey:
+    """Ask, wait `wait_s` for answers, look at the queues. Raises: TransportError.
+
+    A worker answers between two forwards. So much longer than `wait_s` it is waited for one that the broker knows and
+    nobody has heard.
+    """
     topology = Topology(plan.name)
     replies: asyncio.Queue[Delivery] = asyncio.Queue()
     spec = topology.reports(new_id("ask"))
@@ -208,25 +213,30 @@ async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5) -> Surv
     subscription = await transport.consume(spec.name, prefetch=0, sink=replies.put_nowait)
     blocked = await _ask(transport, topology.control, encode(Ask(plan=plan.digest, reply_to=spec.name)))
     reports: dict[str, Report] = {}
+    for _ in range(1 if blocked else 1 + ceil(patience_s / wait_s)):
+        if not blocked:
+            await _hear(replies, reports, wait_s)
+        states = [await transport.inspect(topology.stage(k).name) for k in range(len(plan.stages))]
+        seen = Survey(None, None, tuple(states), reports, blocked)
+        if all(seen.consumers(k) == len(seen.workers(k)) for k in range(len(states))):
+            break
+    await subscription.cancel()
+    await transport.delete(spec.name)
+    requests, dead = [await transport.inspect(spec.name) for spec in (topology.requests, topology.dead)]
+    return replace(seen, requests=requests, dead=dead)
+
+
+async def _hear(replies: asyncio.Queue[Delivery], reports: dict[str, Report], wait_s: float) -> None:
+    """Add what comes in that time."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(wait_s):
-            while not blocked:
+            while True:
                 delivery = await replies.get()
                 await delivery.ack()
                 with contextlib.suppress(WireError):
                     message = decode(delivery.body)
                     if isinstance(message, Report):
                         reports[message.id] = message
-    await subscription.cancel()
-    await transport.delete(spec.name)
-    stages = [await transport.inspect(topology.stage(k).name) for k in range(len(plan.stages))]
-    return Survey(
-        await transport.inspect(topology.requests.name),
-        await transport.inspect(topology.dead.name),
-        tuple(stages),
-        reports,
-        blocked,
-    )
 
 
 async def _ask(transport: Transport, exchange: str, ask: bytes) -> str:

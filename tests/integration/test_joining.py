@@ -122,7 +122,7 @@ async def test_a_worker_that_is_stopped_while_it_looks_gives_its_turn_back(
 ) -> None:
     looks = asyncio.Event()
 
-    async def look_for_ever(*_: object) -> None:
+    async def look_for_ever(*_: object, **__: object) -> None:
         looks.set()
         await asyncio.Event().wait()
 

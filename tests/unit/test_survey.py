@@ -121,9 +121,11 @@ async def test_where_the_broker_takes_no_question_the_queues_are_seen_all_the_sa
 
 
 class Answering:
-    """An actor that answers every Ask with these bodies."""
+    """An actor that answers every Ask with these bodies, once it is `free`."""
 
     def __init__(self, transport: Transport, plan: Plan, *bodies: bytes) -> None:
+        self.free = asyncio.Event()
+        self.free.set()
         self._transport = transport
         self._spec = Topology(plan.name).worker("w-1")
         self._bodies = bodies
@@ -139,6 +141,7 @@ class Answering:
         ask = decode(delivery.body)
         assert isinstance(ask, Ask)
         await delivery.ack()
+        await self.free.wait()
         for body in self._bodies:
             await self._transport.publish(ask.reply_to, body)
 
@@ -165,6 +168,29 @@ async def test_a_survey_takes_reports_and_queues_and_no_notice_of_what_is_neithe
     assert found.reports == {"a": report}
     assert [state.ready for state in found.stages if state] == [0, 1]
     assert not transport.unsettled
+
+
+async def test_a_worker_that_the_broker_knows_is_waited_for_while_it_is_in_a_forward() -> None:
+    plan, name = make_plan("p"), new_id("test")
+    transport, worker_link, topology = open_memory(name), open_memory(name), Topology("p")
+    for spec in topology.shared(2):
+        await transport.declare(spec)
+    await worker_link.consume(topology.stage(0).name, prefetch=1, sink=lambda _: None)
+    report = worker("a", 0, 1.0)
+    in_forward = Answering(worker_link, plan, encode(report))
+    in_forward.free.clear()
+    await in_forward.open()
+    assert not (await survey.take(transport, plan, wait_s=0.01)).reports
+
+    inspect = transport.inspect
+
+    async def ends_while_queues_are_looked_at(queue: str) -> QueueState | None:
+        in_forward.free.set()
+        return await inspect(queue)
+
+    transport.inspect = ends_while_queues_are_looked_at  # type: ignore[method-assign]
+    assert (await survey.take(transport, plan, wait_s=0.01, patience_s=10)).reports == {"a": report}
+    assert not transport.subscriptions
 
 
 # What the scaling advice is made of
