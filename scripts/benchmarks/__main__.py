@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +16,7 @@ from local_fleet import FleetBroken
 from private_broker import BrokerFailed
 
 from benchmarks import report
-from benchmarks.measure import ROUNDS, SMALL, Case, Outcome, run, say
+from benchmarks.measure import ROUNDS, SMALL, Case, Outcome, narrowed, run, say
 from benchmarks.side import SideFailed
 from benchmarks.workload import WrongWork
 
@@ -45,6 +47,7 @@ the rounds are printed with all of them. The machine should be idle otherwise; n
   scripts/bench                     all cases: hours on 2 cores, most of them for generate and generate-bf16
   scripts/bench generate            one of them
   scripts/bench one --rounds 5      with more rounds
+  scripts/bench generate --only "batches of|2 stages$"   some contenders; goals that lack a side are left out
   scripts/bench elasticity          what a consumer that comes or goes brings: 20 minutes
   scripts/bench hop --write         puts the tables into docs/performance.md
   scripts/bench --json FILE         all rounds, for machines
@@ -63,6 +66,7 @@ def main() -> int:
     )
     parser.add_argument("case", nargs="*", help=f"of: {', '.join(CASES)} (default: all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each contender runs (default: the case's)")
+    parser.add_argument("--only", type=re.compile, metavar="REGEX", help="contenders whose names it is found in")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     options = parser.parse_args()
@@ -74,12 +78,15 @@ def main() -> int:
         parser.error("--rounds: at least 1")
     if options.write and (SMALL or (options.rounds or ROUNDS) < ROUNDS):
         parser.error(f"--write: only what was measured in {ROUNDS} rounds or more belongs into the document")
-    command = " ".join(["scripts/bench", *sys.argv[1:]])
+    command = shlex.join(["scripts/bench", *sys.argv[1:]])
     outcomes: list[Outcome] = []
     broken = False
     for name in options.case or CASES:
         make: Callable[[str], list[Case]] = import_module(CASES[name]).cases
         for case in make(name):
+            case = narrowed(case, options.only) if options.only else case
+            if not case.contenders:
+                continue
             try:
                 outcome = run(replace(case, rounds=options.rounds) if options.rounds else case)
             except (WrongWork, SideFailed, FleetBroken, BrokerFailed) as why:  # the other cases may go well

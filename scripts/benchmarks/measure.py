@@ -7,11 +7,12 @@ and run in turn, round after round; a ratio is the median of the rounds' own, so
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ROUNDS = 3
 
@@ -124,6 +125,14 @@ class Outcome:
             return None
         middle = statistics.median(values)
         return middle, middle <= goal.bound if goal.at_most else middle >= goal.bound
+
+
+def narrowed(case: Case, only: re.Pattern[str]) -> Case:
+    """The case with those contenders alone in whose names it is found, and the goals that only need them."""
+    contenders = [contender for contender in case.contenders if only.search(contender.name)]
+    names = {contender.name for contender in contenders}
+    goals = [goal for goal in case.goals if {goal.ours, getattr(goal, "rival", goal.ours)} <= names]
+    return replace(case, contenders=contenders, goals=goals)
 
 
 def run(case: Case) -> Outcome:
