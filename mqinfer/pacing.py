@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from statistics import linear_regression
 
 from mqinfer.batching import Pending
+from mqinfer.forecast import Speed
 
 #: What a new observation counts against the mean of those before it.
 FRESH = 0.2
@@ -69,6 +71,11 @@ class Pace:
         slack = SLACK * max(1.0, PATIENT_ROWS * prefilling / decoding)
         beside = slack * (fixed_s + token_s * decoding) / token_s
         return min(most, decoding + int(min(max(beside, LEAST_TOKENS), most)))
+
+    def worth_tokens(self) -> float:
+        """See Speed, of the slowest stage. Infinite: it is not known yet."""
+        line = self._line()
+        return inf if line is None else Speed(*line).worth_tokens
 
     def _line(self) -> tuple[float, float] | None:
         """(fixed_s, token_s) of the least squares; None while forwards were all alike, or longer ones no slower."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field, replace
 from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Step, TokenLogprob
 from mqinfer.verdicts import BLAMED, MAX_FAILURES
 
+#: What the latest trip counts against those before it.
+LATEST = 0.2
+
 
 @dataclass(slots=True, kw_only=True)
 class LiveRow:
@@ -73,6 +76,8 @@ class Microbatch:
     #: Number of the step under way.
     step: int = -1
     sent_at_s: float = 0.0
+    #: How long its trips take, the latest ones most; 0 before the second has ended.
+    trip_s: float = 0.0
     timeout_s: float = 0.0
     parts: tuple[Row, ...] = ()
     #: (row, epoch) of rows that left, to be forgotten by the workers of the route.
@@ -88,6 +93,12 @@ class Microbatch:
         self.step += 1
         self.passed = 0
         self.takers.clear()
+
+    def end_step(self, now_s: float) -> None:
+        """A trip has ended. The first one had all its workers to find, and mostly a prompt of each row to compute."""
+        if self.step > 0:
+            took_s = max(now_s - self.sent_at_s, 0.0)
+            self.trip_s += (took_s - self.trip_s) * (LATEST if self.trip_s else 1.0)
 
     def pass_on(self, worker: str) -> None:
         """That worker is through with the step."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from statistics import fmean
 
 from mqinfer import batching
 from mqinfer.batching import Limits, Pending
@@ -59,7 +60,7 @@ class Scheduler:
     def target(self) -> int:
         """How many microbatches there should be."""
         workers = [self._known(stage) for stage in self._stages]
-        return batching.microbatch_target(workers, len(self.rows), self._limits)
+        return batching.microbatch_target(workers, len(self.rows), self._limits, self._pace.worth_tokens())
 
     def _known(self, stage: int) -> int:
         """Workers of the stage that take first trips, or that are on routes."""
@@ -140,6 +141,7 @@ class Scheduler:
         if len(end.route) > len(microbatch.route):
             microbatch.route = end.route
         microbatch.closed |= end.closing
+        microbatch.end_step(now_s)
         self._pace.note(end.slowest_tokens, end.slowest_s)
         if now_s - microbatch.sent_at_s < self._step_timeout_s / 2:
             self._patience = max(self._patience // 2, 1)
@@ -265,11 +267,16 @@ class Scheduler:
     def _join(self, microbatch: Microbatch) -> None:
         if not self._is_open(microbatch):
             return
-        room = batching.fair(len(self.rows), self._limits, self.target()) - len(microbatch.rows)
-        joining = [row for row in self.waiting if row.ready and not (row.fresh or row.alone)][: max(room, 0)]
-        for row in joining:
+        most = batching.fair(len(self.rows), self._limits, self.target(), self._speed(microbatch))
+        joining = [row for row in self.waiting if row.ready and not (row.fresh or row.alone)]
+        for row in joining[: max(most - len(microbatch.rows), 0)]:
             self.waiting.remove(row)
             microbatch.rows.append(row)
+
+    def _speed(self, microbatch: Microbatch) -> float:
+        """Of its trips, beside the mean of all."""
+        speeds = [1 / each.trip_s for each in self.microbatches.values() if each.trip_s]
+        return 1 / microbatch.trip_s / fmean(speeds) if microbatch.trip_s else 1.0
 
     def _is_open(self, microbatch: Microbatch) -> bool:
         return not (microbatch.alone or microbatch.closed or microbatch.step >= self._limits.open_trips)
