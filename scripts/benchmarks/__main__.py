@@ -7,7 +7,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -81,26 +81,31 @@ def main() -> int:
     command = shlex.join(["scripts/bench", *sys.argv[1:]])
     outcomes: list[Outcome] = []
     broken = False
-    for name in options.case or CASES:
-        make: Callable[[str], list[Case]] = import_module(CASES[name]).cases
-        for case in make(name):
-            case = narrowed(case, options.only) if options.only else case
-            if not case.contenders:
-                continue
-            try:
-                outcome = run(replace(case, rounds=options.rounds) if options.rounds else case)
-            except (WrongWork, SideFailed, FleetBroken, BrokerFailed) as why:  # the other cases may go well
-                say(f"{case.name}: given up: {why}")
-                broken = True
-                continue
-            outcomes.append(outcome)
-            print(report.markdown(outcome, command), flush=True)
-            if options.write:
-                report.put(DOCUMENT, outcome, command)
-            if options.json:
-                report.dump(options.json, outcomes, command)
+    for case in asked_for(options):
+        try:
+            outcome = run(case)
+        except (WrongWork, SideFailed, FleetBroken, BrokerFailed) as why:  # the other cases may go well
+            say(f"{case.name}: given up: {why}")
+            broken = True
+            continue
+        outcomes.append(outcome)
+        print(report.markdown(outcome, command), flush=True)
+        if options.write:
+            report.put(DOCUMENT, outcome, command)
+        if options.json:
+            report.dump(options.json, outcomes, command)
     met = [outcome.reached(goal) for outcome in outcomes for goal in outcome.case.goals]
     return int(broken or any(reached is not None and not reached[1] for reached in met))
+
+
+def asked_for(options: argparse.Namespace) -> Iterator[Case]:
+    """The cases, with the contenders and as many rounds as were asked for."""
+    for name in options.case or CASES:
+        make: Callable[[str], list[Case]] = import_module(CASES[name]).cases
+        for whole in make(name):
+            case = narrowed(whole, options.only) if options.only else whole
+            if case.contenders:
+                yield replace(case, rounds=options.rounds) if options.rounds else case
 
 
 if __name__ == "__main__":

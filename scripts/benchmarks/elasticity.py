@@ -22,6 +22,7 @@ from benchmarks.measure import SMALL, Case, Goal, Limit, Notes, say
 from benchmarks.ours import make_plan
 from benchmarks.rounds import Rounds
 from benchmarks.workload import WrongWork
+from mqinfer.settings import CoordinatorSettings, load
 
 PROMPT_TOKENS = 8
 #: Tokens of a row, at least and at most.
@@ -98,6 +99,8 @@ async def reaction_s(live: Live, wanted: float) -> float:
 # -- from one to four ----------------------------------------------------------------------------
 
 FOUR_COST = (0.008, 0.008, 0.008, 0.008)
+#: In flight, in both jobs: with the usual 128, sixteen workers would have 8 each, on their way included.
+FOUR_ROWS = 256
 EACH_1, EACH_4 = "1 consumer at each of 4 stages", "4 consumers at each"
 
 
@@ -206,7 +209,7 @@ def rows_for(positions: float) -> list[dict[str, Any]]:
     """Rows of a job that computes about so many positions, and those of the coordinator's first filling."""
     rng = Random(1)
     mean = PROMPT_TOKENS - 1 + sum(OUTPUT_TOKENS) / 2
-    count = round(positions / mean) + 128
+    count = round(positions / mean) + FOUR_ROWS
     prompt = list(range(100, 100 + PROMPT_TOKENS))
     return [{"prompt": prompt, "max_tokens": rng.randint(*OUTPUT_TOKENS)} for _ in range(count)]
 
@@ -227,10 +230,11 @@ def check(results: Results) -> None:
 # -- cases ---------------------------------------------------------------------------------------
 
 
+ROWS = load(CoordinatorSettings).rows
 WORK = (
     "Real RabbitMQ, coordinator, `mqinfer batch` and `mqinfer worker`, but a forward sleeps as long as is stated for "
     f"each new position instead of computing. {PROMPT_TOKENS} tokens in, {OUTPUT_TOKENS[0]} to {OUTPUT_TOKENS[1]} "
-    f"out, 128 rows in flight. Figures are the middle of {WINDOWS} windows of {WINDOW_S:.0f} s, as workers report."
+    f"out. Figures are the middle of {WINDOWS} windows of {WINDOW_S:.0f} s, as workers report. Rows in flight: "
 )
 RATE = "positions/s"
 
@@ -239,10 +243,16 @@ def cases(name: str) -> list[Case]:
     """Of all scenarios, and what the processor had to do in them."""
     notes = {scenario: Notes() for scenario in (second_consumer, four_each, unlike, auto, by_hand)}
     hot, each, alike_not, chosen, placed = (
-        Rounds(partial(_play, scenario, stages, notes[scenario]))
-        for scenario, stages in ((second_consumer, 4), (four_each, 4), (unlike, 3), (auto, 4), (by_hand, 4))
+        Rounds(partial(_play, scenario, stages, rows, notes[scenario]))
+        for scenario, stages, rows in (
+            (second_consumer, 4, ROWS),
+            (four_each, 4, FOUR_ROWS),
+            (unlike, 3, ROWS),
+            (auto, 4, ROWS),
+            (by_hand, 4, ROWS),
+        )
     )
-    hot_work = f"{WORK} 2 ms a position, 4 ms at stage 2. A consumer is added there, and taken away by SIGTERM."
+    hot_work = f"{WORK}{ROWS}. 2 ms a position, 4 ms at stage 2. A consumer is added there, and taken away by SIGTERM."
     cores = [
         (rounds, f"{CORES}: {scenario.__name__}")
         for rounds, scenario in ((hot, second_consumer), (each, four_each), (alike_not, unlike), (chosen, auto))
@@ -275,7 +285,8 @@ def cases(name: str) -> list[Case]:
         ),
         Case(
             f"{name}: 1 to 4 consumers",
-            f"{WORK} 8 ms a position at each of 4 stages; a job with one consumer at each, then one with four.",
+            f"{WORK}{FOUR_ROWS}. 8 ms a position at each of 4 stages; a job with one consumer at each, then one with "
+            "four.",
             RATE,
             each.contenders(EACH_1, EACH_4),
             [Goal(EACH_4, EACH_1, 3.4)],
@@ -284,7 +295,8 @@ def cases(name: str) -> list[Case]:
         ),
         Case(
             f"{name}: unlike consumers",
-            f"{WORK} 3 stages; the middle one has consumers that take 12, 6 and 3 ms a position, the others are quick.",
+            f"{WORK}{ROWS}. 3 stages; the middle one has consumers that take 12, 6 and 3 ms a position, the others are "
+            "quick.",
             RATE,
             alike_not.contenders(UNLIKE, UNLIKE_BOUND),
             [Goal(UNLIKE, UNLIKE_BOUND, 0.9)],
@@ -293,8 +305,8 @@ def cases(name: str) -> list[Case]:
         ),
         Case(
             f"{name}: stage auto",
-            f"{WORK} {', '.join(f'{1e3 * cost:.0f}' for cost in AUTO_COST)} ms a position at 4 stages with one worker "
-            f"each; {SPARE} more join while the job runs. The best assignment is that of all with the highest bound.",
+            f"{WORK}{ROWS}. {', '.join(f'{1e3 * cost:.0f}' for cost in AUTO_COST)} ms a position at 4 stages with one "
+            f"worker each; {SPARE} more join while the job runs. The best assignment is that of all with the highest bound.",
             RATE,
             [*chosen.contenders(AUTO), *placed.contenders(BY_HAND), *chosen.contenders(BEST_BOUND)],
             [Goal(AUTO, BY_HAND, 0.9), Goal(AUTO, BEST_BOUND, 0.9)],
@@ -314,13 +326,14 @@ def cases(name: str) -> list[Case]:
     ]
 
 
-def _play(scenario: Scenario, stages: int, notes: Notes) -> Figures:
+def _play(scenario: Scenario, stages: int, rows: int, notes: Notes) -> Figures:
     """Raises: see `live.play`."""
     figures: Figures = {}
     play(
         lambda live: scenario(live, notes, figures),
         lambda folder: make_plan(folder, stages, "bfloat16"),
         sleeping=True,
+        rows=str(rows),
     )
     figures[f"{CORES}: {scenario.__name__}"] = figures.pop(CORES)
     for what, value in figures.items():
