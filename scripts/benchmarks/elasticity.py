@@ -306,7 +306,8 @@ def cases(name: str) -> list[Case]:
         Case(
             f"{name}: stage auto",
             f"{WORK}{ROWS}. {', '.join(f'{1e3 * cost:.0f}' for cost in AUTO_COST)} ms a position at 4 stages with one "
-            f"worker each; {SPARE} more join while the job runs. The best assignment is that of all with the highest bound.",
+            f"worker each; {SPARE} more join while the job runs. The best assignment is that of all with the highest "
+            "bound.",
             RATE,
             [*chosen.contenders(AUTO), *placed.contenders(BY_HAND), *chosen.contenders(BEST_BOUND)],
             [Goal(AUTO, BY_HAND, 0.9), Goal(AUTO, BEST_BOUND, 0.9)],

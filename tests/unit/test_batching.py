@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mqinfer.batching import Limits, Pending, counts, microbatch_target, share, sizes
+from mqinfer.batching import MOST_TO_EACH, Limits, Pending, counts, fair, microbatch_target, share, sizes
 
 LIMITS = Limits(microbatch_rows=8, rows=64, step_tokens=32, open_trips=100)
 NEEDS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
@@ -49,3 +49,29 @@ def test_every_worker_more_raises_the_number_of_microbatches() -> None:
 
 def test_a_single_worker_gets_one_microbatch_unless_the_rows_do_not_fit_into_it() -> None:
     assert [microbatch_target([1], rows, LIMITS) for rows in (1, 8, 9, 64, 1000)] == [1, 1, 2, 8, 8]
+
+
+def test_where_workers_share_a_stage_there_are_as_many_microbatches_as_are_worth_a_forward() -> None:
+    limits = Limits(microbatch_rows=64, rows=128, step_tokens=256, open_trips=100)
+    targets = [microbatch_target([1, 2, 1], 128, limits, worth_rows) for worth_rows in (1000.0, 30.0, 16.0, 1.0)]
+    assert targets == [6, 6, 8, int(4 * MOST_TO_EACH)]
+    assert microbatch_target([1, 2, 1], 128, limits) == 6
+    assert microbatch_target([1, 1, 1], 128, limits, 1.0) == 3, "in a chain of single workers one has no choice"
+
+
+@given(st.integers(1, 64), st.integers(1, 20), st.floats(0.0, 100.0))
+def test_a_microbatch_has_room_for_a_row_and_never_more_than_allowed(rows: int, target: int, speed: float) -> None:
+    assert 1 <= fair(rows, LIMITS, target, speed) <= LIMITS.microbatch_rows
+
+
+def test_slower_microbatches_get_fewer_rows_and_faster_ones_more() -> None:
+    limits = Limits(microbatch_rows=64, rows=128, step_tokens=256, open_trips=100)
+    assert [fair(128, limits, 8, speed) for speed in (0.01, 0.5, 0.9, 1.0, 1.1, 1.5, 100.0)] == [
+        4,
+        4,
+        13,
+        16,
+        19,
+        36,
+        64,
+    ]

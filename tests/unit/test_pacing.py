@@ -1,5 +1,6 @@
 """How much prefill a step carries beside rows that decode, learnt from what forwards took."""
 
+import math
 import sys
 
 from hypothesis import example, given
@@ -84,3 +85,9 @@ def test_whatever_was_seen_a_step_has_room_for_somebody_and_never_passes_its_bou
     for tokens, seconds in seen:
         pace.note(tokens, seconds)
     assert 1 <= pace.step_tokens([*DECODING[:1], *(Pending(0, need) for need in needs)], most) <= most
+
+
+def test_positions_are_worth_a_forward_where_what_it_costs_anyway_is_a_ninth_of_it() -> None:
+    assert 155 < paced(0.020, 0.001).worth_tokens() < 165
+    assert paced(0.0, 0.001).worth_tokens() == 1.0
+    assert Pace().worth_tokens() == math.inf

@@ -417,6 +417,23 @@ def test_rows_that_come_one_after_the_other_are_spread_evenly() -> None:
     assert sorted(len(microbatch.rows) for microbatch in ring.scheduler.microbatches.values()) == [3, 3]
 
 
+def test_rows_join_the_microbatch_whose_trips_are_shorter() -> None:
+    ring = Ring()
+    ring.add(*(request(f"r{i}", max_tokens=40) for i in range(4)))
+    trip_s = {send.step.microbatch: seconds for send, seconds in zip(ring.sent, (1.0, 3.0), strict=True)}
+    home = [(trip_s[send.step.microbatch], send.step) for send in ring.sent]
+    for number in range(12):
+        if number == 8:
+            ring.add(request("late"), request("later"))
+        home.sort(key=lambda each: each[0])
+        now_s, step = home.pop(0)
+        ring.sent.clear()
+        ring.take(ring.scheduler.done(ring.answer(step), now_s))
+        home += [(now_s + trip_s[send.step.microbatch], send.step) for send in ring.sent]
+    rows = {number: len(microbatch.rows) for number, microbatch in ring.scheduler.microbatches.items()}
+    assert [rows[number] for number in trip_s] == [4, 2]
+
+
 def test_a_row_never_reserves_more_than_the_context() -> None:
     ring = Ring()
     ring.add(request("r", max_tokens=2**63 - 1))
