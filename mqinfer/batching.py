@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
-#: Microbatches to each worker, where not even so many make forwards too small. Of 5 workers, 2 of which shared the
-#: slowest of 4 stages, 8 microbatches of 128 rows made 78% of what bound them, 13 made 87 (`scripts/bench elasticity`).
+#: Microbatches to each worker, where not even so many make forwards too small (docs/decisions/0010).
 MOST_TO_EACH = 2.5
 
-#: How strongly a microbatch's size answers to its speed, and how many times larger or smaller that makes it at most.
-GAIN, MOST_UNLIKE = 2.0, 4.0
+#: How many times larger or smaller than others a microbatch's speed makes it at most.
+MOST_UNLIKE = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +74,9 @@ def fair(rows: int, limits: Limits, target: int, speed: float = 1.0) -> int:
     in the others, give each worker as much to do as it can.
     """
     even = min(share(limits, target), -(-rows // target))
-    wanted = even * min(max(speed**GAIN, 1 / MOST_UNLIKE), MOST_UNLIKE)
-    return max(1, min(limits.microbatch_rows, round(wanted)))
+    # What slow ones are denied others must be able to take, or it waits.
+    most = min(MOST_UNLIKE, limits.microbatch_rows / even) if even else 1.0
+    return max(1, min(limits.microbatch_rows, round(even * min(max(speed * speed, 1 / most), most))))
 
 
 def sizes(waiting: int, live: int, limits: Limits, target: int) -> list[int]:

@@ -28,7 +28,7 @@ from mqinfer.transports.base import Transport
 #: Between two tries to be the one that chooses, at most.
 TURN_S = 1.0
 #: Nobody needs longer to choose, or to move on: what is refused so long is refused for another reason.
-TURNS_S = 120.0
+TURNS_S = 600.0
 #: A worker in a long forward is waited for so long: without its speed none counts, and the model's costs do instead.
 HEARD_S = 10.0
 #: How often a worker looks whether another stage needs it more, and how many times in a row it must.
@@ -62,7 +62,7 @@ async def joining(
     `costs`: of each stage, in any unit.
     """
     await take_turn(transport, plan)
-    while (seen := await survey.take(transport, plan, patience_s=HEARD_S)).blocked:  # noqa: ASYNC110 - nobody tells of an alarm's end
+    while (seen := await survey.take(transport, plan, patience_s=HEARD_S)).blocked:  # noqa: ASYNC110 - nobody tells of its end
         await asyncio.sleep(TURN_S)
     stages = served(seen, costs)
     stage = best_stage(stages, possible)

@@ -96,7 +96,7 @@ class Microbatch:
 
     def end_step(self, now_s: float) -> None:
         """A trip has ended. The first one had all its workers to find, and mostly a prompt of each row to compute."""
-        if self.step > 0:
+        if self.step > 0 and not self.alone:  # the time of a suspect begins anew at each stage
             took_s = max(now_s - self.sent_at_s, 0.0)
             self.trip_s += (took_s - self.trip_s) * (LATEST if self.trip_s else 1.0)
 

@@ -32,6 +32,7 @@ class Scheduler:
         self, plan: Plan, owner: str, limits: Limits, find_stop: StopFinder, *, step_timeout_s: float = 0.0
     ) -> None:
         self._plan = plan
+        self._stages = range(len(plan.stages))
         self._owner = owner
         self._limits = limits
         self._find_stop = find_stop
@@ -66,10 +67,6 @@ class Scheduler:
         """Workers of the stage that take first trips, or that are on routes."""
         on_routes = {m.route[stage] for m in self.microbatches.values() if stage < len(m.route)}
         return max(self.consumers[stage], len(on_routes))
-
-    @property
-    def _stages(self) -> range:
-        return range(len(self._plan.stages))
 
     # -- events --------------------------------------------------------------------------------
 
@@ -274,9 +271,11 @@ class Scheduler:
             microbatch.rows.append(row)
 
     def _speed(self, microbatch: Microbatch) -> float:
-        """Of its trips, beside the mean of all."""
-        speeds = [1 / each.trip_s for each in self.microbatches.values() if each.trip_s]
-        return 1 / microbatch.trip_s / fmean(speeds) if microbatch.trip_s else 1.0
+        """Of its trips, beside the mean of all; in a chain of single workers each waits for all others."""
+        trips_s = [each.trip_s for each in self.microbatches.values() if each.trip_s and self._is_open(each)]
+        if microbatch.trip_s and any(self._known(stage) > 1 for stage in self._stages):
+            return 1 / microbatch.trip_s / fmean(1 / trip_s for trip_s in trips_s)
+        return 1.0
 
     def _is_open(self, microbatch: Microbatch) -> bool:
         return not (microbatch.alone or microbatch.closed or microbatch.step >= self._limits.open_trips)

@@ -203,25 +203,27 @@ def _worked(then: Report, now: Report) -> Worked:
 async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5, patience_s: float = 0.0) -> Survey:
     """Ask, wait `wait_s` for answers, look at the queues. Raises: TransportError.
 
-    A worker answers between two forwards. So much longer than `wait_s` it is waited for one that the broker knows and
-    nobody has heard.
+    `patience_s`: how much longer to wait while the broker counts more consumers of a stage than workers have answered,
+    for a worker answers between two forwards.
     """
     topology = Topology(plan.name)
     replies: asyncio.Queue[Delivery] = asyncio.Queue()
     spec = topology.reports(new_id("ask"))
     await transport.declare(spec)
     subscription = await transport.consume(spec.name, prefetch=0, sink=replies.put_nowait)
-    blocked = await _ask(transport, topology.control, encode(Ask(plan=plan.digest, reply_to=spec.name)))
     reports: dict[str, Report] = {}
-    for _ in range(1 if blocked else 1 + ceil(patience_s / wait_s)):
-        if not blocked:
-            await _hear(replies, reports, wait_s)
-        states = [await transport.inspect(topology.stage(k).name) for k in range(len(plan.stages))]
-        seen = Survey(None, None, tuple(states), reports, blocked)
-        if all(seen.consumers(k) == len(seen.workers(k)) for k in range(len(states))):
-            break
-    await subscription.cancel()
-    await transport.delete(spec.name)
+    try:
+        blocked = await _ask(transport, topology.control, encode(Ask(plan=plan.digest, reply_to=spec.name)))
+        for _ in range(1 if blocked else 1 + ceil(patience_s / wait_s)):
+            if not blocked:
+                await _hear(replies, reports, wait_s)
+            stages = [await transport.inspect(topology.stage(k).name) for k in range(len(plan.stages))]
+            seen = Survey(None, None, tuple(stages), reports, blocked)
+            if all(seen.consumers(k) == len(seen.workers(k)) for k in range(len(stages))):
+                break
+    finally:
+        await subscription.cancel()
+        await transport.delete(spec.name)
     requests, dead = [await transport.inspect(spec.name) for spec in (topology.requests, topology.dead)]
     return replace(seen, requests=requests, dead=dead)
 

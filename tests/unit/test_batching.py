@@ -75,3 +75,8 @@ def test_slower_microbatches_get_fewer_rows_and_faster_ones_more() -> None:
         36,
         64,
     ]
+
+
+@given(st.floats(0.0, 100.0))
+def test_where_all_microbatches_must_be_full_none_is_denied_a_row(speed: float) -> None:
+    assert fair(64, LIMITS, 8, speed) == LIMITS.microbatch_rows

@@ -417,21 +417,24 @@ def test_rows_that_come_one_after_the_other_are_spread_evenly() -> None:
     assert sorted(len(microbatch.rows) for microbatch in ring.scheduler.microbatches.values()) == [3, 3]
 
 
-def test_rows_join_the_microbatch_whose_trips_are_shorter() -> None:
+@pytest.mark.parametrize(("workers", "sizes"), [((1, 1), [3, 3]), ((1, 2), [4, 2, 2, 2, 2])])
+def test_where_workers_share_a_stage_rows_join_the_microbatch_whose_trips_are_shorter(
+    workers: tuple[int, int], sizes: list[int]
+) -> None:
     ring = Ring()
-    ring.add(*(request(f"r{i}", max_tokens=40) for i in range(4)))
-    trip_s = {send.step.microbatch: seconds for send, seconds in zip(ring.sent, (1.0, 3.0), strict=True)}
+    ring.scheduler.consumers = list(workers)
+    ring.add(*(request(f"r{i}", max_tokens=40) for i in range(2 * len(sizes))))
+    trip_s = {send.step.microbatch: 3.0 if at else 1.0 for at, send in enumerate(ring.sent)}
     home = [(trip_s[send.step.microbatch], send.step) for send in ring.sent]
-    for number in range(12):
-        if number == 8:
+    for number in range(10 * len(sizes)):
+        if number == 8 * len(sizes):
             ring.add(request("late"), request("later"))
         home.sort(key=lambda each: each[0])
         now_s, step = home.pop(0)
         ring.sent.clear()
         ring.take(ring.scheduler.done(ring.answer(step), now_s))
         home += [(now_s + trip_s[send.step.microbatch], send.step) for send in ring.sent]
-    rows = {number: len(microbatch.rows) for number, microbatch in ring.scheduler.microbatches.items()}
-    assert [rows[number] for number in trip_s] == [4, 2]
+    assert [len(ring.scheduler.microbatches[number].rows) for number in trip_s] == sizes
 
 
 def test_a_row_never_reserves_more_than_the_context() -> None:
