@@ -66,9 +66,9 @@ def main() -> int:
     )
     parser.add_argument("case", nargs="*", help=f"of: {', '.join(CASES)} (default: all)")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each contender runs (default: the case's)")
-    parser.add_argument("--only", type=re.compile, metavar="REGEX", help="contenders whose names it is found in")
+    parser.add_argument("--only", type=pattern, metavar="REGEX", help="contenders whose names it is found in")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write all figures")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="put the tables that are whole into docs/performance.md")
     options = parser.parse_args()
     if unknown := set(options.case) - set(CASES):
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
@@ -90,12 +90,20 @@ def main() -> int:
             continue
         outcomes.append(outcome)
         print(report.markdown(outcome, command), flush=True)
-        if options.write:
+        if options.write and case.whole:
             report.put(DOCUMENT, outcome, command)
         if options.json:
             report.dump(options.json, outcomes, command)
     met = [outcome.reached(goal) for outcome in outcomes for goal in outcome.case.goals]
     return int(broken or any(reached is not None and not reached[1] for reached in met))
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """Raises: ArgumentTypeError."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def asked_for(options: argparse.Namespace) -> Iterator[Case]:

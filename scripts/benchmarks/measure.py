@@ -80,6 +80,8 @@ class Case:
     rounds: int = ROUNDS
     #: Runs of each contender that are not counted.
     warmups: int = 1
+    #: Whether nobody has been left out.
+    whole: bool = True
     #: Further findings, set while it ran, each a line of the report.
     notes: list[str] = field(default_factory=list)
 
@@ -132,7 +134,7 @@ def narrowed(case: Case, only: re.Pattern[str]) -> Case:
     contenders = [contender for contender in case.contenders if only.search(contender.name)]
     names = {contender.name for contender in contenders}
     goals = [goal for goal in case.goals if {goal.ours, getattr(goal, "rival", goal.ours)} <= names]
-    return replace(case, contenders=contenders, goals=goals)
+    return replace(case, contenders=contenders, goals=goals, whole=len(contenders) == len(case.contenders))
 
 
 def run(case: Case) -> Outcome:
