@@ -72,8 +72,7 @@ class Survey:
 
     def consumers(self, stage: int) -> int:
         """Workers of the stage. One that the broker knows is one, even where it is in a long forward and silent."""
-        queue = self.stages[stage]
-        return max(len(self.workers(stage)), queue.consumers if queue else 0)
+        return max(len(self.workers(stage)), _count(self.stages[stage]))
 
     def blocked_s(self) -> float:
         """How long the broker kept the actor that it kept longest from publishing, since that one's link is open."""
@@ -203,8 +202,8 @@ def _worked(then: Report, now: Report) -> Worked:
 async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5, patience_s: float = 0.0) -> Survey:
     """Ask, wait `wait_s` for answers, look at the queues. Raises: TransportError.
 
-    `patience_s`: how much longer to wait while the broker counts more consumers of a stage than workers have answered,
-    for a worker answers between two forwards.
+    `patience_s`: how much longer to wait while fewer workers of a stage have answered than the broker counted consumers
+    before, for a worker answers between two forwards. One that has come since has not heard the question.
     """
     topology = Topology(plan.name)
     replies: asyncio.Queue[Delivery] = asyncio.Queue()
@@ -212,20 +211,29 @@ async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5, patienc
     await transport.declare(spec)
     subscription = await transport.consume(spec.name, prefetch=0, sink=replies.put_nowait)
     reports: dict[str, Report] = {}
+    asked = await _stages(transport, plan)
     try:
         blocked = await _ask(transport, topology.control, encode(Ask(plan=plan.digest, reply_to=spec.name)))
         for _ in range(1 if blocked else 1 + ceil(patience_s / wait_s)):
             if not blocked:
                 await _hear(replies, reports, wait_s)
-            stages = [await transport.inspect(topology.stage(k).name) for k in range(len(plan.stages))]
-            seen = Survey(None, None, tuple(stages), reports, blocked)
-            if all(seen.consumers(k) == len(seen.workers(k)) for k in range(len(stages))):
+            seen = Survey(None, None, await _stages(transport, plan), reports, blocked)
+            if all(len(seen.workers(k)) >= min(_count(asked[k]), _count(seen.stages[k])) for k in range(len(asked))):
                 break
     finally:
         await subscription.cancel()
         await transport.delete(spec.name)
     requests, dead = [await transport.inspect(spec.name) for spec in (topology.requests, topology.dead)]
     return replace(seen, requests=requests, dead=dead)
+
+
+async def _stages(transport: Transport, plan: Plan) -> tuple[QueueState | None, ...]:
+    topology = Topology(plan.name)
+    return tuple([await transport.inspect(topology.stage(k).name) for k in range(len(plan.stages))])
+
+
+def _count(state: QueueState | None) -> int:
+    return state.consumers if state else 0
 
 
 async def _hear(replies: asyncio.Queue[Delivery], reports: dict[str, Report], wait_s: float) -> None:

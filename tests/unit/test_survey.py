@@ -193,6 +193,24 @@ async def test_a_worker_that_the_broker_knows_is_waited_for_while_it_is_in_a_for
     assert not transport.subscriptions
 
 
+async def test_a_worker_that_has_come_after_the_question_is_not_waited_for() -> None:
+    plan, name = make_plan("p"), new_id("test")
+    transport, late, topology = open_memory(name), open_memory(name), Topology("p")
+    for spec in topology.shared(2):
+        await transport.declare(spec)
+    broadcast = transport.broadcast
+
+    async def comes_behind(exchange: str, body: bytes) -> None:
+        await broadcast(exchange, body)
+        await late.consume(topology.stage(0).name, prefetch=1, sink=lambda _: None)
+
+    transport.broadcast = comes_behind  # type: ignore[method-assign]
+    async with asyncio.timeout(10):
+        found = await survey.take(transport, plan, wait_s=0.01, patience_s=600)
+    assert found.consumers(0) == 1
+    assert not found.reports
+
+
 # What the scaling advice is made of
 
 
