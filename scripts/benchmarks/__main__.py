@@ -48,7 +48,7 @@ the rounds are printed with all of them. The machine should be idle otherwise; n
   scripts/bench generate            one of them
   scripts/bench one --rounds 5      with more rounds
   scripts/bench generate --only "batches of|2 stages$"   some contenders; goals that lack a side are left out
-  scripts/bench elasticity          what a consumer that comes or goes brings: 20 minutes
+  scripts/bench elasticity          what a consumer that comes or goes brings: 40 minutes
   scripts/bench hop --write         puts the tables into docs/performance.md
   scripts/bench --json FILE         all rounds, for machines
 
