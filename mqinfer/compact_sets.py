@@ -33,7 +33,7 @@ MOST_EXPECTED = 2**22
 class FingerprintSet:
     """A set of evenly spread 64-bit numbers, 10 to 20 bytes each: a table in which each stands at or after its place.
 
-    A set that is told how many to `expect` takes 10, and never has its table twice to let it grow.
+    A set that is told how many to `expect`, up to MOST_EXPECTED, takes 10, and does not have its table twice to grow.
     """
 
     def __init__(self, expect: int = 0) -> None:

@@ -240,9 +240,10 @@ def test_int8_of_zeros_of_the_smallest_and_of_the_largest_numbers_is_finite(
 
 
 @pytest.mark.parametrize("codec", ["int8", "int8+zstd"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_int8_refuses_what_is_not_finite(codec: str, bad: float) -> None:
-    tensor = activations(16, 64, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+def test_int8_refuses_what_is_not_finite(codec: str, dtype: torch.dtype, bad: float) -> None:
+    tensor = activations(16, 64, dtype)
     tensor[3, 5] = bad
     with pytest.raises(ComputeError):
         pack(tensor, codec)
