@@ -62,7 +62,8 @@ async def joining(
     `costs`: of each stage, in any unit.
     """
     await take_turn(transport, plan)
-    while (seen := await survey.take(transport, plan, patience_s=HEARD_S)).blocked:  # noqa: ASYNC110 - nobody tells of its end
+    # Nobody tells of an alarm's end.
+    while (seen := await survey.take(transport, plan, patience_s=HEARD_S)).blocked:  # noqa: ASYNC110
         await asyncio.sleep(TURN_S)
     stages = served(seen, costs)
     stage = best_stage(stages, possible)

@@ -65,22 +65,21 @@ class Pace:
         """New positions that the next step of these rows may have, `most` at most."""
         decoding = sum(1 for row in pending if row.known - row.cached == 1)
         prefilling = len(pending) - decoding
-        if not decoding or not prefilling or (line := self._line()) is None:
+        if not decoding or not prefilling or (speed := self._speed()) is None:
             return most
-        fixed_s, token_s = line
         slack = SLACK * max(1.0, PATIENT_ROWS * prefilling / decoding)
-        beside = slack * (fixed_s + token_s * decoding) / token_s
+        beside = slack * speed.seconds(decoding) / speed.token_s
         return min(most, decoding + int(min(max(beside, LEAST_TOKENS), most)))
 
     def worth_tokens(self) -> float:
         """See Speed, of the slowest stage. Infinite: it is not known yet."""
-        line = self._line()
-        return inf if line is None else Speed(*line).worth_tokens
+        speed = self._speed()
+        return inf if speed is None else speed.worth_tokens
 
-    def _line(self) -> tuple[float, float] | None:
-        """(fixed_s, token_s) of the least squares; None while forwards were all alike, or longer ones no slower."""
+    def _speed(self) -> Speed | None:
+        """By the least squares; None while forwards were all alike, or longer ones no slower."""
         if len(self._means) < 2:
             return None
         means = self._means.values()
         token_s, fixed_s = linear_regression([mean.tokens for mean in means], [mean.seconds for mean in means])
-        return (max(fixed_s, 0.0), token_s) if token_s > 0 else None
+        return Speed(max(fixed_s, 0.0), token_s) if token_s > 0 else None

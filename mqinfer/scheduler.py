@@ -91,6 +91,8 @@ class Scheduler:
 
     def form(self, now_s: float) -> list[Decision]:
         """Waiting rows that are `ready` become new microbatches where there should be more; suspects one at a time."""
+        if not self.waiting:
+            return []
         decisions: list[Decision] = []
         suspect = next((row for row in self.waiting if row.alone and row.ready), None)
         if suspect is not None and not any(microbatch.alone for microbatch in self.microbatches.values()):
@@ -262,7 +264,7 @@ class Scheduler:
         return [self._send(microbatch, now_s)]
 
     def _join(self, microbatch: Microbatch) -> None:
-        if not self._is_open(microbatch):
+        if not self.waiting or not self._is_open(microbatch):
             return
         most = batching.fair(len(self.rows), self._limits, self.target(), self._speed(microbatch))
         joining = [row for row in self.waiting if row.ready and not (row.fresh or row.alone)]

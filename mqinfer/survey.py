@@ -211,8 +211,8 @@ async def take(transport: Transport, plan: Plan, *, wait_s: float = 0.5, patienc
     await transport.declare(spec)
     subscription = await transport.consume(spec.name, prefetch=0, sink=replies.put_nowait)
     reports: dict[str, Report] = {}
-    asked = await _stages(transport, plan)
     try:
+        asked = await _stages(transport, plan) if patience_s else ()
         blocked = await _ask(transport, topology.control, encode(Ask(plan=plan.digest, reply_to=spec.name)))
         for _ in range(1 if blocked else 1 + ceil(patience_s / wait_s)):
             if not blocked:

@@ -168,7 +168,7 @@ _SPLIT: dict[type[np.unsignedinteger[Any]], tuple[type[np.generic], ...]] = {
 
 def _bits(values: Tensor) -> Array:
     """The numbers' own bits, in one dimension: a view where they are contiguous."""
-    return values.reshape(-1).view(torch.uint8).numpy().view(_BITS[values.element_size()])
+    return _rows(values.reshape(-1))
 
 
 def _rows(values: Tensor) -> Array:
@@ -206,6 +206,10 @@ def _joined(planes: Sequence[Array], bits: type[np.unsignedinteger[Any]]) -> Arr
 # -- int8 ----------------------------------------------------------------------------------------
 
 
+#: By dtype, without its sign; what is not less is no number that int8 can carry.
+_INFINITY = {dtype: _bits(torch.tensor([math.inf], dtype=dtype))[0] << 1 for dtype in _NAMES}
+
+
 def _int8_planes(tokens: int, hidden_size: int) -> list[Plane]:
     """Kept channels' numbers, their values in bfloat16 [tokens, kept], scales [tokens], codes [tokens, hidden_size]."""
     kept = min(OUTLIERS, hidden_size)
@@ -221,13 +225,13 @@ def _quantized(values: Tensor) -> list[Array]:
     """Planes as in _int8_planes. Raises: ComputeError."""
     # Without their signs the bits of numbers are in the order of their sizes. NumPy needs half of PyTorch's time here.
     sizes = _rows(values) << 1
-    channels = _outliers(sizes, _rows(torch.tensor([[math.inf]], dtype=values.dtype))[0, 0] << 1)
+    channels = _outliers(sizes, _INFINITY[values.dtype])
     sizes[:, channels] = 0
     peaks = sizes.max(1, initial=0) >> 1
     scales = _tensor(peaks, values.dtype, len(peaks), 1).float().div_(127).clamp_(_SCALE_LEAST, _SCALE_MOST)
     codes = values.float().div(scales).round_().to(torch.int8).numpy()
     codes[:, channels] = 0
-    kept = values.index_select(1, torch.from_numpy(channels.astype(np.int64))).bfloat16()
+    kept = values.index_select(1, torch.from_numpy(channels)).bfloat16()
     return [channels.astype(np.uint32), _bits(kept), scales.numpy(), codes]
 
 
@@ -249,8 +253,7 @@ def _dequantized(planes: Sequence[Array], dtype: torch.dtype, tokens: int, hidde
     steps = torch.from_numpy(scales.copy()).unsqueeze(1)
     numbers = torch.from_numpy(codes.astype(np.float32)).view(tokens, hidden_size).mul_(steps).to(dtype)
     most = torch.finfo(dtype).max  # rounding to bfloat16 may have gone beyond it
-    outliers = _tensor(kept.copy(), torch.bfloat16, tokens, len(channels))
-    outliers = (outliers if dtype is torch.bfloat16 else outliers.float()).clamp_(-most, most).to(dtype)
+    outliers = _tensor(kept.copy(), torch.bfloat16, tokens, len(channels)).to(dtype).clamp_(-most, most)
     # 5 us for 256 x 576, where index_copy_ takes 24.
     _rows(numbers)[:, channels] = _rows(outliers)
     return numbers

@@ -66,15 +66,8 @@ def test_a_microbatch_has_room_for_a_row_and_never_more_than_allowed(rows: int, 
 
 def test_slower_microbatches_get_fewer_rows_and_faster_ones_more() -> None:
     limits = Limits(microbatch_rows=64, rows=128, step_tokens=256, open_trips=100)
-    assert [fair(128, limits, 8, speed) for speed in (0.01, 0.5, 0.9, 1.0, 1.1, 1.5, 100.0)] == [
-        4,
-        4,
-        13,
-        16,
-        19,
-        36,
-        64,
-    ]
+    by_speed = {0.01: 4, 0.5: 4, 0.9: 13, 1.0: 16, 1.1: 19, 1.5: 36, 100.0: 64}
+    assert {speed: fair(128, limits, 8, speed) for speed in by_speed} == by_speed
 
 
 @given(st.floats(0.0, 100.0))

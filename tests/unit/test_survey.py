@@ -15,7 +15,7 @@ from mqinfer.queues import Topology, new_id
 from mqinfer.survey import Survey
 from mqinfer.transports import open_transport
 from mqinfer.transports.base import Blockage, Delivery, QueueState, Transport
-from mqinfer.transports.memory import open_memory
+from mqinfer.transports.memory import MemoryTransport, open_memory
 from mqinfer.wire import decode, encode
 
 
@@ -120,6 +120,14 @@ async def test_where_the_broker_takes_no_question_the_queues_are_seen_all_the_sa
     assert found.requests == QueueState(0, 0)
 
 
+async def declared(name: str) -> MemoryTransport:
+    """A link to a broker that has the queues and exchanges of the pipeline "p"."""
+    transport = open_memory(name)
+    for spec in Topology("p").shared(2):
+        await transport.declare(spec)
+    return transport
+
+
 class Answering:
     """An actor that answers every Ask with these bodies, once it is `free`."""
 
@@ -156,10 +164,8 @@ async def test_a_survey_with_nothing_there_is_empty_and_leaves_nothing_behind() 
 
 
 async def test_a_survey_takes_reports_and_queues_and_no_notice_of_what_is_neither() -> None:
-    plan, name = make_plan("p"), new_id("test")
-    transport, topology = open_memory(name), Topology("p")
-    for spec in topology.shared(2):
-        await transport.declare(spec)
+    plan, name, topology = make_plan("p"), new_id("test"), Topology("p")
+    transport = await declared(name)
     await transport.publish(topology.stage(1).name, b"x")
     report = worker("a", 0, 1.0)
     probe = encode(Probe(plan=plan.digest))
@@ -172,10 +178,8 @@ async def test_a_survey_takes_reports_and_queues_and_no_notice_of_what_is_neithe
 
 async def test_a_worker_that_the_broker_knows_is_waited_for_while_it_is_in_a_forward() -> None:
     plan, name = make_plan("p"), new_id("test")
-    transport, worker_link, topology = open_memory(name), open_memory(name), Topology("p")
-    for spec in topology.shared(2):
-        await transport.declare(spec)
-    await worker_link.consume(topology.stage(0).name, prefetch=1, sink=lambda _: None)
+    transport, worker_link = await declared(name), open_memory(name)
+    await worker_link.consume(Topology("p").stage(0).name, prefetch=1, sink=lambda _: None)
     report = worker("a", 0, 1.0)
     in_forward = Answering(worker_link, plan, encode(report))
     in_forward.free.clear()
@@ -195,14 +199,12 @@ async def test_a_worker_that_the_broker_knows_is_waited_for_while_it_is_in_a_for
 
 async def test_a_worker_that_has_come_after_the_question_is_not_waited_for() -> None:
     plan, name = make_plan("p"), new_id("test")
-    transport, late, topology = open_memory(name), open_memory(name), Topology("p")
-    for spec in topology.shared(2):
-        await transport.declare(spec)
+    transport, late = await declared(name), open_memory(name)
     broadcast = transport.broadcast
 
     async def comes_behind(exchange: str, body: bytes) -> None:
         await broadcast(exchange, body)
-        await late.consume(topology.stage(0).name, prefetch=1, sink=lambda _: None)
+        await late.consume(Topology("p").stage(0).name, prefetch=1, sink=lambda _: None)
 
     transport.broadcast = comes_behind  # type: ignore[method-assign]
     async with asyncio.timeout(10):
