@@ -204,11 +204,17 @@ class LineReader:
         self._plan = plan
         self._tokenizer = tokenizer
         self._settings = settings
+        self._lines = 0
+
+    def count(self) -> int:
+        """As `count_lines`. Whoever has counted before takes the lines needs less memory for what is known of them."""
+        self._lines = count_lines(self.path)
+        return self._lines
 
     def chunks(self, has: Callable[[int, str | None], bool], size: int = 64) -> Iterator[Chunk]:
         """The lines that do not have their row, `size` lines of input at a time. Raises: OSError."""
         lines = read_lines(self.path)
-        seen = FingerprintSet(expect=count_lines(self.path))
+        seen = FingerprintSet(expect=self._lines)
         digest = hashlib.blake2b(digest_size=16)
         while batch := list(islice(lines, size)):
             for _, raw in batch:

@@ -12,7 +12,7 @@ from mqinfer import checkpoint, console, systemd
 from mqinfer import plan as plans
 from mqinfer.actuators import Actuator, Commands, Systemd
 from mqinfer.autoscaler import Autoscaler
-from mqinfer.batch_files import LineReader, count_lines
+from mqinfer.batch_files import LineReader
 from mqinfer.batch_job import BatchJob, collect, enqueue_all
 from mqinfer.batch_output import OutputFile, Ticket
 from mqinfer.batch_rows import Progress, Rows
@@ -107,7 +107,7 @@ async def batch_here(
             with console.stages_told():
                 async with embedded.pipeline(plan, folder, tokenizer, worker) as connect:
                     loaded.set()
-                    await _show(batch, rows, prompts, connect, stop)
+                    await _show(batch, rows, reader, connect, stop)
 
         await unless_stopped(stop, run(), loaded)
     return _verdict(batch, rows, output)
@@ -167,7 +167,7 @@ async def batch_over_broker(
             ticket.enqueued = 0  # what failed is in nobody's hands
         reader = LineReader(prompts, ticket.job, plan, tokenizer, settings)
         batch = BatchJob(reader, rows, ticket, plan, window=settings.window, abandoned=abandoned)
-        await _show(batch, rows, prompts, connecting(settings, "batch"), stop)
+        await _show(batch, rows, reader, connecting(settings, "batch"), stop)
     return _verdict(batch, rows, output)
 
 
@@ -175,9 +175,9 @@ def _tokenizer(plan: Plan, model: str | None) -> Tokenizer:
     return Tokenizer.load(checkpoint.resolve_tokenizer(model or plan.model, plan.revision))
 
 
-async def _show(batch: BatchJob, rows: Rows, prompts: Path, connect: Connect, stop: asyncio.Event) -> None:
-    rows.progress.total = await asyncio.to_thread(count_lines, prompts)
-    async with console.job_progress(rows.progress, prompts.name):
+async def _show(batch: BatchJob, rows: Rows, reader: LineReader, connect: Connect, stop: asyncio.Event) -> None:
+    rows.progress.total = await asyncio.to_thread(reader.count)
+    async with console.job_progress(rows.progress, reader.path.name):
         await batch.run(connect, stop)
 
 
@@ -201,8 +201,8 @@ async def detach(prompts: Path, settings: BatchSettings, model: str | None, *, s
     plan = read_plan(settings)
     tokenizer = await unless_stopped(stop, asyncio.to_thread(_tokenizer, plan, model))
     job = new_id("job")
-    progress = Progress(total=await asyncio.to_thread(count_lines, prompts))
     reader = LineReader(prompts, job, plan, tokenizer, settings)
+    progress = Progress(total=await asyncio.to_thread(reader.count))
     connect = connecting(settings, "batch")
     console.out.print(job)  # first: whatever happens, what is enqueued can be collected
     async with console.job_progress(progress, "enqueueing"):

@@ -37,16 +37,11 @@ class FingerprintSet:
     """
 
     def __init__(self, expect: int = 0) -> None:
-        self._table = _table(max(51, min(expect, MOST_EXPECTED)) * 5 // 4 + 1)
+        self._table = _table(max(64, min(expect, MOST_EXPECTED) * 5 // 4 + 1))
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
-
-    @property
-    def table_bytes(self) -> int:
-        """What it takes."""
-        return self._table.itemsize * len(self._table)
 
     def add(self, number: int) -> bool:
         """Whether it is new."""
