@@ -105,7 +105,7 @@ class LeaseQueue:
 
 
 class Intake:
-    """Takes requests until about `limit` (at most an eighth more) are held at once, renewed leases included.
+    """Takes requests until about `limit` (at most a thirty-second more) are held at once, renewed leases included.
 
     A subscription's prefetch bounds only its own deliveries, and a renewed lease no longer counts as one of
     them. So the intake works in rounds: `tune` opens a new one, with a prefetch of just what may still come,
@@ -155,7 +155,7 @@ class Intake:
     async def _turn(self) -> None:
         held, held_of_round = self._held(self.round)
         wanted = max(self._limit - (held - held_of_round), 0)
-        slack = max(self._limit // 8, 1)
+        slack = max(self._limit // 32, 1)
         if wanted == self._prefetch or (self._prefetch and abs(wanted - self._prefetch) < slack):
             return
         await self._cancel()

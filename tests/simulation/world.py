@@ -278,7 +278,7 @@ class World:
     def _tick(self) -> None:
         self._moved.set()
         self.network.tick()
-        most = self.scenario.rows + max(self.scenario.rows // 8, 1)
+        most = self.scenario.rows + max(self.scenario.rows // 32, 1)
         for actor in self.actors["coordinator"]:
             if self._held(actor) > most:
                 self.oracle.complain(f"{actor.name} holds {self._held(actor)} requests, {most} are allowed")
