@@ -12,6 +12,9 @@ from math import inf
 #: Microbatches to each worker, where not even so many make forwards too small (docs/decisions/0010).
 MOST_TO_EACH = 2.5
 
+#: In so many turns new routes are drawn while old ones end.
+TURNS = 8
+
 #: How many times larger or smaller than others a microbatch's speed makes it at most.
 MOST_UNLIKE = 4.0
 
@@ -79,9 +82,13 @@ def fair(rows: int, limits: Limits, target: int, speed: float = 1.0) -> int:
     return max(1, min(limits.microbatch_rows, round(even * min(max(speed * speed, 1 / most), most))))
 
 
-def sizes(waiting: int, live: int, limits: Limits, target: int) -> list[int]:
-    """Sizes of the microbatches to form now from `waiting` rows beside `live` ones; the rest joins live ones."""
-    slots = target - live
+def turn(target: int) -> int:
+    """How many of the `target` microbatches may be on their first trips at once while their routes are drawn anew."""
+    return max(target // TURNS, 1)
+
+
+def sizes(waiting: int, slots: int, limits: Limits, target: int) -> list[int]:
+    """Sizes of the microbatches to form now from `waiting` rows, `slots` at most; the rest joins live ones."""
     if waiting <= 0 or slots <= 0:
         return []
     each = min(-(-waiting // slots), share(limits, target))

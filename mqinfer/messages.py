@@ -153,9 +153,11 @@ class Step:
     alone: bool = False
     #: A worker of the route is about to leave: no row may join.
     closing: bool = False
-    #: The latest forward of the slowest of the stages passed: how long it took, over how many positions.
+    #: What a forward over so many positions, those of this step, takes at the slowest of the stages passed, and each
+    #: position of it; 0: unknown.
     slowest_s: float = 0.0
     slowest_tokens: int = 0
+    slowest_token_s: float = 0.0
     #: The trip's span, as W3C Trace Context writes it; "" where it is not traced.
     traceparent: str = ""
     #: Stage 0 only: the new tokens of all rows, row after row.
@@ -205,6 +207,7 @@ class StepDone:
     #: As in the step, the last stage included.
     slowest_s: float = 0.0
     slowest_tokens: int = 0
+    slowest_token_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Step, TokenLogprob
+from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Step, StepTaken, TokenLogprob
 from mqinfer.verdicts import BLAMED, MAX_FAILURES
 
 #: What the latest trip counts against those before it.
 LATEST = 0.2
+#: So many microbatches that were given up are remembered.
+MOST_GIVEN_UP = 1024
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,10 +103,14 @@ class Microbatch:
             took_s = max(now_s - self.sent_at_s, 0.0)
             self.trip_s += (took_s - self.trip_s) * (LATEST if self.trip_s else 1.0)
 
-    def pass_on(self, worker: str) -> None:
-        """That worker is through with the step."""
-        self.passed += 1
-        self.takers = [taker for taker in self.takers if taker != worker]
+    def take(self, step: StepTaken, now_s: float) -> None:
+        """A worker has the step under way in its hands, or is through with it: its time begins anew."""
+        self.sent_at_s = now_s
+        if step.passed:
+            self.passed += 1
+            self.takers = [taker for taker in self.takers if taker != step.worker]
+        elif not self.route or (self.alone and step.worker in self.route):
+            self.takers.append(step.worker)
 
     def is_hit_by(self, worker: str) -> bool:
         """Whether the loss of that worker ends its trip.
@@ -140,6 +147,25 @@ class Microbatch:
             row.failures = max(row.failures, min(row.failures + 1, MAX_FAILURES - 1))
         else:
             row.failures += 1
+
+
+class GivenUp:
+    """Microbatches that were given up and may come home all the same, the latest ones: to have their rows forgotten."""
+
+    def __init__(self) -> None:
+        #: (row, epoch) pairs by the microbatch's number.
+        self._rows: OrderedDict[int, tuple[tuple[int, int], ...]] = OrderedDict()
+
+    def remember(self, microbatch: Microbatch) -> None:
+        """With the rows that it has still."""
+        left = tuple((row.number, row.epoch) for row in microbatch.rows)
+        self._rows[microbatch.number] = (*microbatch.released, *left)
+        if len(self._rows) > MOST_GIVEN_UP:
+            self._rows.popitem(last=False)
+
+    def rows(self, microbatch: int) -> tuple[tuple[int, int], ...]:
+        """(row, epoch) pairs that its workers may hold; none where it is not remembered."""
+        return self._rows.get(microbatch, ())
 
 
 @dataclass(frozen=True, slots=True)

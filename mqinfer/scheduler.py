@@ -7,7 +7,7 @@ exactly one step under way, and an end of trip that is not that step's changes n
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -16,11 +16,9 @@ from mqinfer.batching import Limits, Pending
 from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, Step, StepDone, StepTaken
 from mqinfer.pacing import Pace
 from mqinfer.plan import Plan
-from mqinfer.rows import Decision, Ended, Forget, LiveRow, Microbatch, Replayed, Send, StopFinder
+from mqinfer.rows import Decision, Ended, Forget, GivenUp, LiveRow, Microbatch, Replayed, Send, StopFinder
 from mqinfer.verdicts import MAX_FAILURES, Verdict, decide, explain
 
-#: Trips that were given up and may come home all the same: so many are remembered, to have their rows forgotten.
-MOST_GIVEN_UP = 1024
 #: The step timeout grows to so many times what was set, where trips take longer than that.
 MOST_PATIENCE = 8
 
@@ -41,8 +39,7 @@ class Scheduler:
         #: timeout would replay its rows for ever.
         self._patience = 1
         self._pace = Pace()
-        #: (row, epoch) pairs by the microbatch that was given up with them, the latest last.
-        self._given_up: OrderedDict[int, tuple[tuple[int, int], ...]] = OrderedDict()
+        self._given_up = GivenUp()
         self._next_row = 0
         self._next_microbatch = 0
         self.rows: dict[int, LiveRow] = {}
@@ -60,13 +57,13 @@ class Scheduler:
 
     def target(self) -> int:
         """How many microbatches there should be."""
-        workers = [self._known(stage) for stage in self._stages]
-        return batching.microbatch_target(workers, len(self.rows), self._limits, self._pace.worth_tokens())
+        return batching.microbatch_target(self._known(), len(self.rows), self._limits, self._pace.worth_tokens())
 
-    def _known(self, stage: int) -> int:
-        """Workers of the stage that take first trips, or that are on routes."""
-        on_routes = {m.route[stage] for m in self.microbatches.values() if stage < len(m.route)}
-        return max(self.consumers[stage], len(on_routes))
+    def _known(self) -> list[int]:
+        """Workers of each stage that take first trips, or that are on routes."""
+        routes = [microbatch.route for microbatch in self.microbatches.values()]
+        on_routes = [len({route[stage] for route in routes if stage < len(route)}) for stage in self._stages]
+        return list(map(max, self.consumers, on_routes))
 
     # -- events --------------------------------------------------------------------------------
 
@@ -99,8 +96,8 @@ class Scheduler:
             self.waiting.remove(suspect)
             decisions += self._open([suspect], now_s, alone=True)
         innocent = [row for row in self.waiting if row.ready and not row.alone]
-        live = sum(1 for microbatch in self.microbatches.values() if self._is_open(microbatch))
-        for size in batching.sizes(len(innocent), live, self._limits, self.target()):
+        target = self.target()
+        for size in batching.sizes(len(innocent), self._slots(target), self._limits, target):
             rows, innocent = innocent[:size], innocent[size:]
             for row in rows:
                 self.waiting.remove(row)
@@ -114,7 +111,7 @@ class Scheduler:
         has its share when all routes are new ones, as soon as the rows of the old ones have ended. Who took none for a
         while, because it was full, is still on routes and no newcomer.
         """
-        if self.consumers[stage] and self._known(stage) < consumers:
+        if self.consumers[stage] and self._known()[stage] < consumers:
             for microbatch in self.microbatches.values():
                 microbatch.closed |= bool(microbatch.route)
         self.consumers[stage] = consumers
@@ -122,13 +119,8 @@ class Scheduler:
     def taken(self, step: StepTaken, now_s: float) -> None:
         """A worker has the step in its hands, or is through with it: its time begins anew."""
         microbatch = self.microbatches.get(step.microbatch)
-        if microbatch is None or step.number != microbatch.step:
-            return
-        microbatch.sent_at_s = now_s
-        if step.passed:
-            microbatch.pass_on(step.worker)
-        elif not microbatch.route or (microbatch.alone and step.worker in microbatch.route):
-            microbatch.takers.append(step.worker)
+        if microbatch is not None and step.number == microbatch.step:
+            microbatch.take(step, now_s)
 
     def done(self, end: StepDone, now_s: float) -> list[Decision]:
         """A trip has ended. A stale one (of an older step, of a microbatch that is no more) changes nothing."""
@@ -141,7 +133,7 @@ class Scheduler:
             microbatch.route = end.route
         microbatch.closed |= end.closing
         microbatch.end_step(now_s)
-        self._pace.note(end.slowest_tokens, end.slowest_s)
+        self._pace.note(end.slowest_tokens, end.slowest_s, end.slowest_token_s)
         if now_s - microbatch.sent_at_s < self._step_timeout_s / 2:
             self._patience = max(self._patience // 2, 1)
         missed = {miss.row: miss for miss in end.misses}
@@ -247,6 +239,15 @@ class Scheduler:
 
     # -- microbatches --------------------------------------------------------------------------
 
+    def _slots(self, target: int) -> int:
+        """How many microbatches may be formed now: by turns while old routes end (docs/decisions/0010)."""
+        live = [microbatch for microbatch in self.microbatches.values() if self._is_open(microbatch)]
+        slots = target - len(live)
+        ending = any(m.route and not m.alone and not self._is_open(m) for m in self.microbatches.values())
+        if not ending or max(self._known()) < 2:
+            return slots
+        return min(slots, batching.turn(target) - sum(1 for microbatch in live if not microbatch.route))
+
     def _open(self, rows: list[LiveRow], now_s: float, *, alone: bool = False) -> list[Decision]:
         microbatch = Microbatch(number=self._next_microbatch, rows=rows, alone=alone)
         self._next_microbatch += 1
@@ -275,7 +276,7 @@ class Scheduler:
     def _speed(self, microbatch: Microbatch) -> float:
         """Of its trips, beside the mean of all; in a chain of single workers each waits for all others."""
         trips_s = [each.trip_s for each in self.microbatches.values() if each.trip_s and self._is_open(each)]
-        if microbatch.trip_s and any(self._known(stage) > 1 for stage in self._stages):
+        if microbatch.trip_s and max(self._known()) > 1:
             return 1 / microbatch.trip_s / fmean(1 / trip_s for trip_s in trips_s)
         return 1.0
 
@@ -324,10 +325,7 @@ class Scheduler:
     def _abandon(
         self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "", stage: int = -1
     ) -> list[Decision]:
-        left = tuple((row.number, row.epoch) for row in microbatch.rows)
-        self._given_up[microbatch.number] = (*microbatch.released, *left)
-        if len(self._given_up) > MOST_GIVEN_UP:
-            self._given_up.popitem(last=False)
+        self._given_up.remember(microbatch)
         decisions: list[Decision] = []
         for row in list(microbatch.rows):
             miss = Miss(row=row.number, epoch=row.epoch, stage=stage, reason=reason, detail=detail)
@@ -336,7 +334,7 @@ class Scheduler:
 
     def _forget_stale(self, end: StepDone) -> list[Decision]:
         """What a trip left behind that was given up and came through all the same."""
-        rows = self._given_up.get(end.microbatch, ())
+        rows = self._given_up.rows(end.microbatch)
         release = Release(plan=self._plan.digest, owner=self._owner, rows=rows)
         return [Forget(queue, release) for queue in dict.fromkeys(end.route)] if rows else []
 

@@ -17,6 +17,7 @@ import torch
 from mqinfer.codec_choice import CodecChoice
 from mqinfer.device import device_name
 from mqinfer.errors import ComputeError, WireError
+from mqinfer.forecast import Speed
 from mqinfer.messages import Miss, MissReason, Row, Step, StepDone
 from mqinfer.plan import Plan
 from mqinfer.settings import WorkerSettings
@@ -95,17 +96,15 @@ class StageCompute:
 
     # -- in the compute thread -------------------------------------------------------------------
 
-    def run(
-        self, steps: Sequence[Step], me: str, closing: bool = False, latest: tuple[float, int] = (0.0, 0)
-    ) -> list[Outgoing]:
+    def run(self, steps: Sequence[Step], me: str, closing: bool = False, speed: Speed | None = None) -> list[Outgoing]:
         """One forward over all steps; one answer for each, in order. `me` is this worker's own queue.
 
-        Never raises for what a step contains. `closing`: tell owners that this worker is about to leave. `latest`: what
-        they are told of this worker's pace, the seconds of an earlier forward and its positions.
+        Never raises for what a step contains. `closing`: tell owners that this worker is about to leave. `speed`: of
+        this worker, as far as it is known; owners are told of the slowest one's.
         """
         for step in steps:
             self.engine.forget(step.owner, step.release)
-        steps = [self._on_route(step, me, closing, latest) for step in steps]
+        steps = [self._on_route(step, me, closing, speed) for step in steps]
         works: list[Work | WireError] = [self._work(step) for step in steps]
         done = iter(self.engine.run([work for work in works if isinstance(work, Work)]))
         return [
@@ -113,15 +112,15 @@ class StageCompute:
             for step, work in zip(steps, works, strict=True)
         ]
 
-    def _on_route(self, step: Step, me: str, closing: bool, latest: tuple[float, int]) -> Step:
+    def _on_route(self, step: Step, me: str, closing: bool, speed: Speed | None) -> Step:
         first_trip = len(step.route) == self._stage
-        seconds, tokens = max(latest, (step.slowest_s, step.slowest_tokens))
+        tokens = sum(row.count for row in step.rows)
+        if speed is not None and (seconds := speed.seconds(tokens)) > step.slowest_s:
+            step = replace(step, slowest_s=seconds, slowest_tokens=tokens, slowest_token_s=speed.token_s)
         return replace(
             step,
             route=(*step.route, me) if first_trip else step.route,
             closing=step.closing or closing,
-            slowest_s=seconds,
-            slowest_tokens=tokens,
         )
 
     def _work(self, step: Step) -> Work | WireError:
@@ -213,4 +212,5 @@ def step_done(step: Step, misses: tuple[Miss, ...]) -> StepDone:
         closing=step.closing,
         slowest_s=step.slowest_s,
         slowest_tokens=step.slowest_tokens,
+        slowest_token_s=step.slowest_token_s,
     )

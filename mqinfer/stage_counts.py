@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from math import inf
 
-from mqinfer.forecast import fit
+from mqinfer.forecast import Speed, fit
 from mqinfer.messages import Miss
 from mqinfer.observe import ROW_MISSED, STEP_COMPUTED, emit
 from mqinfer.stage_compute import Outgoing
@@ -31,8 +31,6 @@ class StageCounts:
         self.values: Counter[str] = Counter()
         #: Those of FITTED, but of the last forwards only, and without the first one, in which kernels are loaded.
         self._fitted = dict.fromkeys(FITTED, 0.0)
-        #: Of the latest forward: its seconds, its positions.
-        self.latest = (0.0, 0)
         #: (when, positions) of the forwards of the last RATE_WINDOW_S.
         self._recent: deque[tuple[float, int]] = deque()
 
@@ -48,7 +46,6 @@ class StageCounts:
             "packed_bytes": sum(out.packed_bytes for out in outgoing),
         }
         waits_s = [began_s - item.arrived_s for item in taken]
-        self.latest = (seconds, counts["tokens"])
         self._recent.append((self._clock(), counts["tokens"]))
         self._forget_old()
         tokens = counts["tokens"]
@@ -96,9 +93,13 @@ class StageCounts:
         oldest_s = self._clock() - RATE_WINDOW_S
         return sum(tokens for at_s, tokens in list(self._recent) if at_s > oldest_s) / RATE_WINDOW_S
 
+    def speed(self) -> Speed | None:
+        """Of the last forwards; None where none is known."""
+        return fit(**self._fitted)
+
     def worth_tokens(self) -> float:
         """See forecast.Speed, of the last forwards."""
-        speed = fit(**self._fitted)
+        speed = self.speed()
         return inf if speed is None else speed.worth_tokens
 
     def _forget_old(self) -> None:

@@ -260,7 +260,9 @@ class WorkerSession:
     async def _compute_steps(self, taken: Sequence[Taken]) -> list[Outgoing]:
         began_s = now_s()
         steps = [item.step for item in taken]
-        outgoing = await self._in_thread(self._compute.run, steps, self._queue.name, self._closing, self._counts.latest)
+        outgoing = await self._in_thread(
+            self._compute.run, steps, self._queue.name, self._closing, self._counts.speed()
+        )
         self._counts.computed(taken, outgoing, began_s, now_s())
         return outgoing
 

@@ -43,8 +43,10 @@ _BOUNDS: Mapping[str, Bounds] = {
     "Step.misses": (0, 4096),
     "Step.ttl_s": (0.0, sys.float_info.max),
     "Step.slowest_s": (0.0, sys.float_info.max),
+    "Step.slowest_token_s": (0.0, sys.float_info.max),
     "Step.traceparent": (0, 55),
     "StepDone.slowest_s": (0.0, sys.float_info.max),
+    "StepDone.slowest_token_s": (0.0, sys.float_info.max),
     "Result.text": _ANY_SIZE,
     "Report.stage": (-1, _INT_MOST),
 }

@@ -526,6 +526,24 @@ def test_where_a_worker_has_come_rows_join_no_route_that_was_there_before(before
     assert len(ring.results) == 41
 
 
+@pytest.mark.parametrize(("workers", "most"), [(2, 1), (1, 4)])
+def test_while_old_routes_end_new_ones_are_drawn_by_turns_where_workers_share_a_stage(workers: int, most: int) -> None:
+    ring = Ring()
+    ring.scheduler.seen(1, workers)
+    ring.add(request("first", max_tokens=20))
+    ring.turn()
+    (old,) = ring.scheduler.microbatches.values()
+    old.closed = True
+    ring.add(*(request(f"r{i}", max_tokens=5) for i in range(30)))
+    on_first_trips = []
+    while ring.sent:
+        if old.number in ring.scheduler.microbatches:
+            on_first_trips.append(sum(1 for m in ring.scheduler.microbatches.values() if not m.route))
+        ring.turn()
+    assert max(on_first_trips) == most
+    assert len(ring.results) == 31
+
+
 def test_a_worker_that_was_full_for_a_while_is_no_newcomer() -> None:
     ring = Ring()
     ring.scheduler.seen(1, 2)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from fakes import HIDDEN, FakeEngine, make_plan
 
+from mqinfer.forecast import Speed
 from mqinfer.messages import Miss, MissReason, Row, Sampling, Step, StepDone
 from mqinfer.stage_compute import StageCompute
 from mqinfer.tensor_codec import pack
@@ -60,6 +61,19 @@ def test_a_worker_that_leaves_says_so_in_every_step() -> None:
     onward = decode(out.body)
     assert isinstance(onward, Step)
     assert onward.closing
+
+
+def test_owners_are_told_what_the_slowest_worker_takes_for_as_many_positions_as_the_step_has() -> None:
+    tokens = sum(row.count for row in ROWS)
+    (first,) = compute(0).run([first_step()], "w0", speed=Speed(0.5, 0.25))
+    onward = decode(first.body)
+    assert isinstance(onward, Step)
+    assert (onward.slowest_s, onward.slowest_tokens, onward.slowest_token_s) == (0.5 + 0.25 * tokens, tokens, 0.25)
+    for speed, slowest_s in ((Speed(9.0, 0.0), 9.0), (Speed(0.25, 0.25), onward.slowest_s), (None, onward.slowest_s)):
+        (last,) = compute(1).run([second_step(torch.ones(3, HIDDEN), slowest_s=onward.slowest_s)], "w1", speed=speed)
+        end = decode(last.body)
+        assert isinstance(end, StepDone)
+        assert end.slowest_s == slowest_s
 
 
 def test_the_last_stage_ends_the_trip_with_the_tokens_drawn() -> None:
