@@ -207,7 +207,7 @@ class LineReader:
         self._lines = 0
 
     def count(self) -> int:
-        """As `count_lines`. Whoever has counted before takes the lines needs less memory for what is known of them."""
+        """As `count_lines`. Before `chunks` it saves memory: what is kept of the lines then need not grow."""
         self._lines = count_lines(self.path)
         return self._lines
 

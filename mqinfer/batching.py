@@ -12,8 +12,11 @@ from math import inf
 #: Microbatches to each worker, where not even so many make forwards too small (docs/decisions/0010).
 MOST_TO_EACH = 2.5
 
-#: In so many turns new routes are drawn while old ones end.
+#: Routes are drawn anew while at least this share of the rows is on old ones, whose workers have no part in the new
+#: ones' first trips while they compute: in so many turns, and a first trip that takes longer holds up no other.
+MANY_ENDING = 0.25
 TURNS = 8
+LONG_FIRST_TRIP_S = 10.0
 
 #: How many times larger or smaller than others a microbatch's speed makes it at most.
 MOST_UNLIKE = 4.0
@@ -82,16 +85,16 @@ def fair(rows: int, limits: Limits, target: int, speed: float = 1.0) -> int:
     return max(1, min(limits.microbatch_rows, round(even * min(max(speed * speed, 1 / most), most))))
 
 
-def turn(target: int) -> int:
-    """How many of the `target` microbatches may be on their first trips at once while their routes are drawn anew."""
+def first_trips(target: int) -> int:
+    """How many of the `target` microbatches may be on their first trips at once while routes are drawn anew."""
     return max(target // TURNS, 1)
 
 
-def sizes(waiting: int, slots: int, limits: Limits, target: int) -> list[int]:
-    """Sizes of the microbatches to form now from `waiting` rows, `slots` at most; the rest joins live ones."""
+def sizes(waiting: int, slots: int, most: int) -> list[int]:
+    """Sizes of the microbatches to form now from `waiting` rows, `slots` at most, with `most` rows each at most."""
     if waiting <= 0 or slots <= 0:
         return []
-    each = min(-(-waiting // slots), share(limits, target))
+    each = min(-(-waiting // slots), most)
     full, rest = divmod(min(waiting, each * slots), each)
     return [each] * full + ([rest] if rest else [])
 

@@ -104,8 +104,13 @@ class LeaseQueue:
         task.add_done_callback(self._late.discard)
 
 
+def slack(limit: int) -> int:
+    """How many requests come at a time where `limit` may be held: each time costs a new subscription."""
+    return max(limit // 32, min(limit // 8, 4), 1)
+
+
 class Intake:
-    """Takes requests until about `limit` (at most a thirty-second more) are held at once, renewed leases included.
+    """Takes requests until about `limit` (at most `slack` more) are held at once, renewed leases included.
 
     A subscription's prefetch bounds only its own deliveries, and a renewed lease no longer counts as one of
     them. So the intake works in rounds: `tune` opens a new one, with a prefetch of just what may still come,
@@ -155,8 +160,7 @@ class Intake:
     async def _turn(self) -> None:
         held, held_of_round = self._held(self.round)
         wanted = max(self._limit - (held - held_of_round), 0)
-        slack = max(self._limit // 32, 1)
-        if wanted == self._prefetch or (self._prefetch and abs(wanted - self._prefetch) < slack):
+        if wanted == self._prefetch or (self._prefetch and abs(wanted - self._prefetch) < slack(self._limit)):
             return
         await self._cancel()
         held, _ = self._held(self.round)  # what was on its way has come meanwhile

@@ -153,10 +153,11 @@ class Step:
     alone: bool = False
     #: A worker of the route is about to leave: no row may join.
     closing: bool = False
-    #: What a forward over so many positions, those of this step, takes at the slowest of the stages passed, and each
-    #: position of it; 0: unknown.
+    #: What a forward over this step's positions takes at the slowest of the stages passed; 0: unknown.
     slowest_s: float = 0.0
+    #: How many positions those were.
     slowest_tokens: int = 0
+    #: What one position more takes, at that of the stages passed where it takes the longest; 0: unknown.
     slowest_token_s: float = 0.0
     #: The trip's span, as W3C Trace Context writes it; "" where it is not traced.
     traceparent: str = ""

@@ -28,12 +28,16 @@ MOST_S = 3600.0
 
 @dataclass(slots=True)
 class Pace:
-    """What forwards of the slowest stage take."""
+    """What forwards of the slowest stages take.
+
+    One stage may be the slowest for few positions and another for many: then it is the first one's seconds with the
+    other's slope, so that no prefill makes others wait longer than it seems.
+    """
 
     _speed: Speed | None = None
 
     def note(self, tokens: int, seconds: float, token_s: float) -> None:
-        """A trip's slowest worker takes so long for a forward over so many positions, and so long for each of them."""
+        """A trip's slowest worker takes so long for a forward over so many positions, and so long for one more."""
         if seconds <= 0 or tokens < 1:
             return
         seconds = min(seconds, MOST_S)

@@ -91,9 +91,10 @@ class Microbatch:
         """Queues of the workers that may hold its rows."""
         return self.route or tuple(self.takers)
 
-    def begin_step(self) -> None:
+    def begin_step(self, now_s: float) -> None:
         """The next step, which nobody has taken yet."""
         self.step += 1
+        self.sent_at_s = now_s
         self.passed = 0
         self.takers.clear()
 
@@ -104,7 +105,7 @@ class Microbatch:
             self.trip_s += (took_s - self.trip_s) * (LATEST if self.trip_s else 1.0)
 
     def take(self, step: StepTaken, now_s: float) -> None:
-        """A worker has the step under way in its hands, or is through with it: its time begins anew."""
+        """A worker has `step`, the one under way, in its hands, or is through with it: its time begins anew."""
         self.sent_at_s = now_s
         if step.passed:
             self.passed += 1

@@ -97,7 +97,8 @@ class Scheduler:
             decisions += self._open([suspect], now_s, alone=True)
         innocent = [row for row in self.waiting if row.ready and not row.alone]
         target = self.target()
-        for size in batching.sizes(len(innocent), self._slots(target), self._limits, target):
+        most = batching.fair(len(self.rows), self._limits, target)
+        for size in batching.sizes(len(innocent), self._slots(target, now_s), most):
             rows, innocent = innocent[:size], innocent[size:]
             for row in rows:
                 self.waiting.remove(row)
@@ -107,7 +108,7 @@ class Scheduler:
     def seen(self, stage: int, consumers: int) -> None:
         """So many workers take first trips at the stage. If one has come, nobody joins the routes that there are.
 
-        Only first trips lead to the newcomer, and the broker hands them out by turns, whatever a worker has already: it
+        Only first trips lead to the newcomer, and the broker hands them out by turns to all that are ready for one: it
         has its share when all routes are new ones, as soon as the rows of the old ones have ended. Who took none for a
         while, because it was full, is still on routes and no newcomer.
         """
@@ -239,14 +240,15 @@ class Scheduler:
 
     # -- microbatches --------------------------------------------------------------------------
 
-    def _slots(self, target: int) -> int:
-        """How many microbatches may be formed now: by turns while old routes end (docs/decisions/0010)."""
+    def _slots(self, target: int, now_s: float) -> int:
+        """How many microbatches may be formed now: few at a time while routes are drawn anew (docs/decisions/0010)."""
         live = [microbatch for microbatch in self.microbatches.values() if self._is_open(microbatch)]
         slots = target - len(live)
-        ending = any(m.route and not m.alone and not self._is_open(m) for m in self.microbatches.values())
-        if not ending or max(self._known()) < 2:
+        ending = len(self.rows) - len(self.waiting) - sum(len(microbatch.rows) for microbatch in live)
+        if ending < batching.MANY_ENDING * len(self.rows) or max(self._known()) < 2:
             return slots
-        return min(slots, batching.turn(target) - sum(1 for microbatch in live if not microbatch.route))
+        first = sum(1 for m in live if not m.route and now_s - m.sent_at_s < batching.LONG_FIRST_TRIP_S)
+        return min(slots, batching.first_trips(target) - first)
 
     def _open(self, rows: list[LiveRow], now_s: float, *, alone: bool = False) -> list[Decision]:
         microbatch = Microbatch(number=self._next_microbatch, rows=rows, alone=alone)
@@ -284,8 +286,7 @@ class Scheduler:
         return not (microbatch.alone or microbatch.closed or microbatch.step >= self._limits.open_trips)
 
     def _send(self, microbatch: Microbatch, now_s: float) -> Send:
-        microbatch.begin_step()
-        microbatch.sent_at_s = now_s
+        microbatch.begin_step(now_s)
         microbatch.timeout_s = self._step_timeout_s * self._patience
         microbatch.parts = self._parts(microbatch.rows)
         step = Step(

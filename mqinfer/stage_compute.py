@@ -100,7 +100,7 @@ class StageCompute:
         """One forward over all steps; one answer for each, in order. `me` is this worker's own queue.
 
         Never raises for what a step contains. `closing`: tell owners that this worker is about to leave. `speed`: of
-        this worker, as far as it is known; owners are told of the slowest one's.
+        this worker, as far as it is known, for owners to be told of the slowest.
         """
         for step in steps:
             self.engine.forget(step.owner, step.release)
@@ -116,11 +116,12 @@ class StageCompute:
         first_trip = len(step.route) == self._stage
         tokens = sum(row.count for row in step.rows)
         if speed is not None and (seconds := speed.seconds(tokens)) > step.slowest_s:
-            step = replace(step, slowest_s=seconds, slowest_tokens=tokens, slowest_token_s=speed.token_s)
+            step = replace(step, slowest_s=seconds, slowest_tokens=tokens)
         return replace(
             step,
             route=(*step.route, me) if first_trip else step.route,
             closing=step.closing or closing,
+            slowest_token_s=max(step.slowest_token_s, speed.token_s if speed else 0.0),
         )
 
     def _work(self, step: Step) -> Work | WireError:

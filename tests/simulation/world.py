@@ -11,6 +11,7 @@ import torch
 
 from mqinfer.coordinator import Coordinator, CoordinatorSession
 from mqinfer.errors import Refused
+from mqinfer.leases import slack
 from mqinfer.queues import Topology
 from mqinfer.settings import CoordinatorSettings, WorkerSettings
 from mqinfer.stage_compute import StageCompute
@@ -278,7 +279,7 @@ class World:
     def _tick(self) -> None:
         self._moved.set()
         self.network.tick()
-        most = self.scenario.rows + max(self.scenario.rows // 32, 1)
+        most = self.scenario.rows + slack(self.scenario.rows)
         for actor in self.actors["coordinator"]:
             if self._held(actor) > most:
                 self.oracle.complain(f"{actor.name} holds {self._held(actor)} requests, {most} are allowed")

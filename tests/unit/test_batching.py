@@ -27,7 +27,7 @@ def test_no_prefill_advances_while_a_decode_waits(needs: list[int], step_tokens:
 def test_new_microbatches_take_only_rows_that_wait_and_never_pass_the_target(
     waiting: int, live: int, target: int
 ) -> None:
-    formed = sizes(waiting, target - live, LIMITS, target)
+    formed = sizes(waiting, target - live, share(LIMITS, target))
     assert sum(formed) <= waiting
     assert len(formed) <= max(target - live, 0)
     assert all(1 <= size <= share(LIMITS, target) for size in formed)
@@ -36,10 +36,10 @@ def test_new_microbatches_take_only_rows_that_wait_and_never_pass_the_target(
 
 
 def test_waiting_rows_are_spread_over_the_microbatches_there_should_be() -> None:
-    assert sizes(8, 4, LIMITS, 4) == [2, 2, 2, 2]
-    assert sizes(3, 4, LIMITS, 4) == [1, 1, 1]
-    assert sizes(100, 4, LIMITS, 4) == [8, 8, 8, 8]
-    assert sizes(8, 1, LIMITS, 4) == [8]
+    assert sizes(8, 4, 16) == [2, 2, 2, 2]
+    assert sizes(3, 4, 16) == [1, 1, 1]
+    assert sizes(100, 4, 8) == [8, 8, 8, 8]
+    assert sizes(8, 1, 3) == [3]
 
 
 def test_every_worker_more_raises_the_number_of_microbatches() -> None:

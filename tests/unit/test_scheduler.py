@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from mqinfer.batching import Limits
+from mqinfer.batching import LONG_FIRST_TRIP_S, Limits
 from mqinfer.messages import FinishReason, Miss, MissReason, Request, Sampled, Sampling, Step, StepDone, StepTaken
 from mqinfer.plan import Plan, StageSpec
 from mqinfer.scheduler import Decision, Ended, Forget, Replayed, Scheduler, Send
@@ -526,22 +526,54 @@ def test_where_a_worker_has_come_rows_join_no_route_that_was_there_before(before
     assert len(ring.results) == 41
 
 
-@pytest.mark.parametrize(("workers", "most"), [(2, 1), (1, 4)])
-def test_while_old_routes_end_new_ones_are_drawn_by_turns_where_workers_share_a_stage(workers: int, most: int) -> None:
+def redrawing(workers: int) -> Ring:
+    """Four microbatches that nobody joins, and eight rows that wait for new ones; so many workers at stage 1."""
     ring = Ring()
     ring.scheduler.seen(1, workers)
-    ring.add(request("first", max_tokens=20))
-    ring.turn()
-    (old,) = ring.scheduler.microbatches.values()
-    old.closed = True
-    ring.add(*(request(f"r{i}", max_tokens=5) for i in range(30)))
-    on_first_trips = []
-    while ring.sent:
-        if old.number in ring.scheduler.microbatches:
-            on_first_trips.append(sum(1 for m in ring.scheduler.microbatches.values() if not m.route))
+    ring.add(*(request(f"old{i}", max_tokens=20) for i in range(4)))
+    while any(not microbatch.route for microbatch in ring.scheduler.microbatches.values()):
         ring.turn()
-    assert max(on_first_trips) == most
-    assert len(ring.results) == 31
+    for microbatch in ring.scheduler.microbatches.values():
+        microbatch.closed = True
+    ring.add(*(request(f"new{i}", max_tokens=20) for i in range(8)))
+    return ring
+
+
+def on_first_trips(ring: Ring) -> int:
+    return sum(1 for microbatch in ring.scheduler.microbatches.values() if not microbatch.route)
+
+
+@pytest.mark.parametrize(("workers", "most"), [(2, 1), (1, 3)])
+def test_routes_are_drawn_anew_few_at_a_time_where_workers_share_a_stage(workers: int, most: int) -> None:
+    ring = redrawing(workers)
+    seen = []
+    while ring.sent:
+        seen.append(on_first_trips(ring))
+        ring.turn()
+    assert max(seen) == most
+    assert len(ring.results) == 12
+
+
+def test_a_first_trip_that_hangs_does_not_hold_up_others_for_long() -> None:
+    ring = redrawing(2)
+    assert on_first_trips(ring) == 1
+    ring.take(ring.scheduler.form(LONG_FIRST_TRIP_S / 2))
+    assert on_first_trips(ring) == 1
+    ring.take(ring.scheduler.form(LONG_FIRST_TRIP_S))
+    assert on_first_trips(ring) == 2
+
+
+def test_one_long_row_on_an_old_route_does_not_hold_up_others() -> None:
+    ring = Ring()
+    ring.scheduler.seen(1, 2)
+    ring.add(request("old", max_tokens=20))
+    ring.turn()
+    for microbatch in ring.scheduler.microbatches.values():
+        microbatch.closed = True
+    for row in [request(f"new{i}", max_tokens=20) for i in range(8)]:
+        ring.scheduler.add(row)
+    ring.take(ring.scheduler.form(0.0))
+    assert on_first_trips(ring) > 1
 
 
 def test_a_worker_that_was_full_for_a_while_is_no_newcomer() -> None:

@@ -69,11 +69,17 @@ def test_owners_are_told_what_the_slowest_worker_takes_for_as_many_positions_as_
     onward = decode(first.body)
     assert isinstance(onward, Step)
     assert (onward.slowest_s, onward.slowest_tokens, onward.slowest_token_s) == (0.5 + 0.25 * tokens, tokens, 0.25)
-    for speed, slowest_s in ((Speed(9.0, 0.0), 9.0), (Speed(0.25, 0.25), onward.slowest_s), (None, onward.slowest_s)):
-        (last,) = compute(1).run([second_step(torch.ones(3, HIDDEN), slowest_s=onward.slowest_s)], "w1", speed=speed)
+    told = {"slowest_s": 1.25, "slowest_tokens": 2, "slowest_token_s": 0.25}
+    for speed, slowest in (
+        (Speed(9.0, 0.0), (9.0, tokens, 0.25)),
+        (Speed(0.0, 0.375), (1.25, 2, 0.375)),
+        (Speed(0.0, 0.125), (1.25, 2, 0.25)),
+        (None, (1.25, 2, 0.25)),
+    ):
+        (last,) = compute(1).run([second_step(torch.ones(3, HIDDEN), **told)], "w1", speed=speed)
         end = decode(last.body)
         assert isinstance(end, StepDone)
-        assert end.slowest_s == slowest_s
+        assert (end.slowest_s, end.slowest_tokens, end.slowest_token_s) == slowest
 
 
 def test_the_last_stage_ends_the_trip_with_the_tokens_drawn() -> None:
