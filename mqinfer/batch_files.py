@@ -204,17 +204,18 @@ class LineReader:
         self._plan = plan
         self._tokenizer = tokenizer
         self._settings = settings
-        self._lines = 0
+        self._lines: int | None = None
 
     def count(self) -> int:
-        """As `count_lines`. Before `chunks` it saves memory: what is kept of the lines then need not grow."""
-        self._lines = count_lines(self.path)
+        """As `count_lines`, which reads the whole file, but only once."""
+        if self._lines is None:
+            self._lines = count_lines(self.path)
         return self._lines
 
     def chunks(self, has: Callable[[int, str | None], bool], size: int = 64) -> Iterator[Chunk]:
         """The lines that do not have their row, `size` lines of input at a time. Raises: OSError."""
         lines = read_lines(self.path)
-        seen = FingerprintSet(expect=self._lines)
+        seen = FingerprintSet(expect=self.count())
         digest = hashlib.blake2b(digest_size=16)
         while batch := list(islice(lines, size)):
             for _, raw in batch:

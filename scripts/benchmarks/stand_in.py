@@ -83,7 +83,6 @@ async def batch_here(plan: Plan, prompts: Path, output: Path) -> int:
     settings = load(BatchSettings)
     ticket, _ = Ticket.beside(output, prompts, job=new_id("job"), plan=plan.digest)
     reader = LineReader(prompts, ticket.job, plan, tokenizer, settings)
-    reader.count()
     with contextlib.closing(OutputFile(output)) as file:
         rows = Rows(file, tokenizer.decode_token)
         batch = BatchJob(reader, rows, ticket, plan, window=settings.window)
