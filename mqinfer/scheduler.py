@@ -277,10 +277,10 @@ class Scheduler:
 
     def _speed(self, microbatch: Microbatch) -> float:
         """Of its trips, beside the mean of all; in a chain of single workers each waits for all others."""
+        if not microbatch.trip_s or max(self._known()) < 2:
+            return 1.0
         trips_s = [each.trip_s for each in self.microbatches.values() if each.trip_s and self._is_open(each)]
-        if microbatch.trip_s and max(self._known()) > 1:
-            return 1 / microbatch.trip_s / fmean(1 / trip_s for trip_s in trips_s)
-        return 1.0
+        return 1 / microbatch.trip_s / fmean(1 / trip_s for trip_s in trips_s)
 
     def _is_open(self, microbatch: Microbatch) -> bool:
         return not (microbatch.alone or microbatch.closed or microbatch.step >= self._limits.open_trips)

@@ -115,12 +115,14 @@ class StageCompute:
     def _on_route(self, step: Step, me: str, closing: bool, speed: Speed | None) -> Step:
         first_trip = len(step.route) == self._stage
         tokens = sum(row.count for row in step.rows)
-        if speed is not None and (seconds := speed.seconds(tokens)) > step.slowest_s:
-            step = replace(step, slowest_s=seconds, slowest_tokens=tokens)
+        mine = (speed.seconds(tokens), tokens) if speed else (0.0, 0)
+        slowest_s, slowest_tokens = max(mine, (step.slowest_s, step.slowest_tokens))
         return replace(
             step,
             route=(*step.route, me) if first_trip else step.route,
             closing=step.closing or closing,
+            slowest_s=slowest_s,
+            slowest_tokens=slowest_tokens,
             slowest_token_s=max(step.slowest_token_s, speed.token_s if speed else 0.0),
         )
 

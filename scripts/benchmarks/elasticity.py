@@ -308,7 +308,7 @@ def cases(name: str) -> list[Case]:
         Case(
             f"{name}: stage auto",
             f"{WORK}{ROWS}. {', '.join(f'{1e3 * cost:.0f}' for cost in AUTO_COST)} ms a position at 4 stages with one "
-            f"worker each; {SPARE} more join while the job runs, and are seen {ROWS_END_S + SETTLE_S:.0f} s later: "
+            f"worker each; {SPARE} more join while the job runs, and are seen {ROWS_END_S + SETTLE_S:.0f} s later, "
             "when the rows of before have ended. The best assignment is that of all with the highest bound.",
             RATE,
             [*chosen.contenders(AUTO), *placed.contenders(BY_HAND), *chosen.contenders(BEST_BOUND)],

@@ -526,21 +526,21 @@ def test_where_a_worker_has_come_rows_join_no_route_that_was_there_before(before
     assert len(ring.results) == 41
 
 
-def redrawing(workers: int) -> Ring:
-    """Four microbatches that nobody joins, and eight rows that wait for new ones; so many workers at stage 1."""
+def on_first_trips(ring: Ring) -> int:
+    return sum(1 for microbatch in ring.scheduler.microbatches.values() if not microbatch.route)
+
+
+def redrawing(workers: int, old: int = 4) -> Ring:
+    """So many old rows, whose microbatches nobody joins, and eight that wait for new ones; `workers` at stage 1."""
     ring = Ring()
     ring.scheduler.seen(1, workers)
-    ring.add(*(request(f"old{i}", max_tokens=20) for i in range(4)))
-    while any(not microbatch.route for microbatch in ring.scheduler.microbatches.values()):
+    ring.add(*(request(f"old{i}", max_tokens=20) for i in range(old)))
+    while on_first_trips(ring):
         ring.turn()
     for microbatch in ring.scheduler.microbatches.values():
         microbatch.closed = True
     ring.add(*(request(f"new{i}", max_tokens=20) for i in range(8)))
     return ring
-
-
-def on_first_trips(ring: Ring) -> int:
-    return sum(1 for microbatch in ring.scheduler.microbatches.values() if not microbatch.route)
 
 
 @pytest.mark.parametrize(("workers", "most"), [(2, 1), (1, 3)])
@@ -564,16 +564,7 @@ def test_a_first_trip_that_hangs_does_not_hold_up_others_for_long() -> None:
 
 
 def test_one_long_row_on_an_old_route_does_not_hold_up_others() -> None:
-    ring = Ring()
-    ring.scheduler.seen(1, 2)
-    ring.add(request("old", max_tokens=20))
-    ring.turn()
-    for microbatch in ring.scheduler.microbatches.values():
-        microbatch.closed = True
-    for row in [request(f"new{i}", max_tokens=20) for i in range(8)]:
-        ring.scheduler.add(row)
-    ring.take(ring.scheduler.form(0.0))
-    assert on_first_trips(ring) > 1
+    assert on_first_trips(redrawing(2, old=1)) > 1
 
 
 def test_a_worker_that_was_full_for_a_while_is_no_newcomer() -> None:
