@@ -57,8 +57,11 @@ class Anatomy:
 
     @property
     def costs(self) -> list[int]:
-        """What each layer costs a token; the last one pays for the head, and looking up an embedding is free."""
-        costs = [layer.active for layer in self.layers]
+        """What each layer costs a token that is generated, and one of a prompt, of which there are about as many.
+
+        The last layer pays for the head, where a prompt costs nothing; looking up an embedding is free.
+        """
+        costs = [2 * layer.active for layer in self.layers]
         costs[-1] += self.head
         return costs
 

@@ -313,3 +313,10 @@ def test_a_model_that_is_one_empty_header_is_refused(llama: Path) -> None:
     (llama / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     with pytest.raises(PlanError, match="no token embedding"):
         checkpoint.facts(str(llama))
+
+
+def test_a_head_weighs_by_half_since_prompts_do_not_pass_it(saved: tuple[Path, PreTrainedModel]) -> None:
+    anatomy = checkpoint.facts(str(saved[0])).anatomy
+    *others, last = anatomy.costs
+    assert others == [2 * layer.active for layer in anatomy.layers[:-1]]
+    assert last == 2 * anatomy.layers[-1].active + anatomy.head
