@@ -5,6 +5,7 @@ No clock, no I/O. The constants' reasons are in docs/architecture.md.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -17,6 +18,9 @@ MOST_TO_EACH = 2.5
 MANY_ENDING = 0.25
 TURNS = 8
 LONG_FIRST_TRIP_S = 10.0
+
+#: Routes that keep a worker busy which shares its stage: one microbatch in its hands while another is elsewhere.
+LEAST_ROUTES = 2
 
 #: How many times larger or smaller than others a microbatch's speed makes it at most.
 MOST_UNLIKE = 4.0
@@ -88,6 +92,19 @@ def fair(rows: int, limits: Limits, target: int, speed: float = 1.0) -> int:
 def first_trips(target: int) -> int:
     """How many of the `target` microbatches may be on their first trips at once while routes are drawn anew."""
     return max(target // TURNS, 1)
+
+
+def starved(routes: Sequence[Sequence[str]], workers: Sequence[int]) -> bool:
+    """Whether a worker that shares its stage is on so few routes that it waits while they are elsewhere.
+
+    `routes`: of microbatches that may be joined. `workers`: how many each stage has. The quicker a worker, the sooner
+    its routes end, and the slower ones may draw all of the next.
+    """
+    for stage, count in enumerate(workers):
+        drawn = Counter(route[stage] for route in routes if len(route) > stage)
+        if count > 1 and sum(1 for times in drawn.values() if times >= LEAST_ROUTES) < count:
+            return True
+    return False
 
 
 def sizes(waiting: int, slots: int, most: int) -> list[int]:

@@ -174,9 +174,7 @@ class Scheduler:
             self._patience = min(2 * self._patience, MOST_PATIENCE)
         elif not self.microbatches:
             self._patience = 1
-        decisions: list[Decision] = []
-        for microbatch in late:
-            decisions += self._abandon(microbatch, MissReason.CACHE, "no answer in time")
+        decisions = [each for m in late for each in self._abandon(m, MissReason.CACHE, "no answer in time")]
         return decisions + (self.form(now_s) if decisions else [])
 
     def abandon_all(self) -> list[Forget]:
@@ -243,9 +241,11 @@ class Scheduler:
     def _slots(self, target: int, now_s: float) -> int:
         """How many microbatches may be formed now: few at a time while routes are drawn anew (docs/decisions/0010)."""
         live = [microbatch for microbatch in self.microbatches.values() if self._is_open(microbatch)]
-        slots = target - len(live)
+        slots, known = target - len(live), self._known()
+        if slots < 1 and len(live) < target + max(known) and batching.starved([m.route for m in live], known):
+            slots = int(all(microbatch.route for microbatch in live))  # one first trip at a time, and see who took it
         ending = len(self.rows) - len(self.waiting) - sum(len(microbatch.rows) for microbatch in live)
-        if ending < batching.MANY_ENDING * len(self.rows) or max(self._known()) < 2:
+        if ending < batching.MANY_ENDING * len(self.rows) or max(known) < 2:
             return slots
         first = sum(1 for m in live if not m.route and now_s - m.sent_at_s < batching.LONG_FIRST_TRIP_S)
         return min(slots, batching.first_trips(target) - first)

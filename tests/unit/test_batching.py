@@ -1,9 +1,10 @@
 """The pure functions that form microbatches and share out a step."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mqinfer.batching import MOST_TO_EACH, Limits, Pending, counts, fair, microbatch_target, share, sizes
+from mqinfer.batching import MOST_TO_EACH, Limits, Pending, counts, fair, microbatch_target, share, sizes, starved
 
 LIMITS = Limits(microbatch_rows=8, rows=64, step_tokens=32, open_trips=100)
 NEEDS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
@@ -74,3 +75,16 @@ def test_slower_microbatches_get_fewer_rows_and_faster_ones_more() -> None:
 @given(st.floats(0.0, 100.0))
 def test_where_all_microbatches_must_be_full_none_is_denied_a_row(speed: float) -> None:
     assert fair(64, LIMITS, 8, speed) == LIMITS.microbatch_rows
+
+
+@pytest.mark.parametrize(
+    ("at_stage_1", "is_starved"),
+    [("aabb", False), ("aab", True), ("aaaaaab", True), ("aaaa", True), ("aabbc", False), ("", True)],
+)
+def test_a_worker_that_shares_its_stage_starves_on_fewer_than_two_routes(at_stage_1: str, is_starved: bool) -> None:
+    assert starved([("w", worker) for worker in at_stage_1], [1, 2]) is is_starved
+
+
+def test_single_workers_do_not_starve_whatever_routes_there_are() -> None:
+    assert not starved([], [1, 1])
+    assert not starved([("w",), ()], [1, 1])

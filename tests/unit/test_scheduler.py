@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -56,6 +56,8 @@ class Ring:
         self.results: dict[str, Ended] = {}
         self.replayed: list[Replayed] = []
         self.sent: list[Send] = []
+        #: A microbatch's number -> which route it has drawn.
+        self.routes: Callable[[int], tuple[str, ...]] = lambda microbatch: ROUTE
 
     def take(self, decisions: Sequence[Decision]) -> None:
         for decision in decisions:
@@ -93,7 +95,11 @@ class Ring:
                 sampled.append(Sampled(row=row.row, epoch=row.epoch, token=next_token(held)))
         assert not tokens
         return StepDone(
-            plan=step.plan, microbatch=step.microbatch, number=step.number, route=ROUTE, sampled=tuple(sampled)
+            plan=step.plan,
+            microbatch=step.microbatch,
+            number=step.number,
+            route=self.routes(step.microbatch),
+            sampled=tuple(sampled),
         )
 
     def turn(self) -> None:
@@ -423,6 +429,7 @@ def test_where_workers_share_a_stage_rows_join_the_microbatch_whose_trips_are_sh
 ) -> None:
     ring = Ring()
     ring.scheduler.consumers = list(workers)
+    ring.routes = lambda microbatch: ("w0", f"w1.{microbatch % workers[1]}")
     ring.add(*(request(f"r{i}", max_tokens=40) for i in range(2 * len(sizes))))
     trip_s = {send.step.microbatch: 3.0 if at else 1.0 for at, send in enumerate(ring.sent)}
     home = [(trip_s[send.step.microbatch], send.step) for send in ring.sent]
@@ -565,6 +572,28 @@ def test_a_first_trip_that_hangs_does_not_hold_up_others_for_long() -> None:
 
 def test_one_long_row_on_an_old_route_does_not_hold_up_others() -> None:
     assert on_first_trips(redrawing(2, old=1)) > 1
+
+
+@pytest.mark.parametrize(("workers", "routes", "more"), [(1, 1, 0), (2, 2, 0), (2, 1, 2)])
+def test_for_a_worker_that_no_route_leads_to_a_few_more_are_drawn_one_at_a_time(
+    workers: int, routes: int, more: int
+) -> None:
+    ring = Ring()
+    ring.scheduler.seen(1, workers)
+    ring.routes = lambda microbatch: ("w0", f"w1.{microbatch % routes}")
+    ring.add(*(request(f"r{i}", max_tokens=60) for i in range(10)))
+    while on_first_trips(ring):
+        ring.turn()
+    target = ring.scheduler.target()
+    assert len(ring.scheduler.microbatches) == target
+    for i in range(6):
+        ring.add(request(f"later{i}", max_tokens=60))
+        assert on_first_trips(ring) <= 1
+        for _ in range(2 * target):
+            ring.turn()
+    assert len(ring.scheduler.microbatches) == ring.scheduler.target() + more
+    ring.run()
+    assert len(ring.results) == 16
 
 
 def test_a_worker_that_was_full_for_a_while_is_no_newcomer() -> None:
