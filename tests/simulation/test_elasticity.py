@@ -26,7 +26,7 @@ BEGIN_S = 5.0
 SETTLE_S, COME_S = 5.0, 20.0
 WINDOW_S = 10.0
 
-#: Thousands of messages for each virtual second, and coverage looks at every line.
+#: Thousands of messages for each virtual second; four times as long where coverage looks at every line.
 pytestmark = pytest.mark.timeout(600)
 
 
