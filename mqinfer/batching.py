@@ -19,7 +19,8 @@ MANY_ENDING = 0.25
 TURNS = 8
 LONG_FIRST_TRIP_S = 10.0
 
-#: Routes that keep a worker busy which shares its stage: one microbatch in its hands while another is elsewhere.
+#: Routes that keep a worker busy which shares its stage, one microbatch in its hands while another is elsewhere: so
+#: many are seen to, where there are microbatches enough for all.
 LEAST_ROUTES = 2
 
 #: How many times larger or smaller than others a microbatch's speed makes it at most.
@@ -94,17 +95,20 @@ def first_trips(target: int) -> int:
     return max(target // TURNS, 1)
 
 
-def starved(routes: Sequence[Sequence[str]], workers: Sequence[int]) -> bool:
-    """Whether a worker that shares its stage is on so few routes that it waits while they are elsewhere.
+def extra_microbatches(routes: Sequence[Sequence[str]], consumers: Sequence[int], target: int) -> int:
+    """How many more than `target` there may be for the sake of a worker that waits while its few routes are elsewhere.
 
-    `routes`: of microbatches that may be joined. `workers`: how many each stage has. The quicker a worker, the sooner
-    its routes end, and the slower ones may draw all of the next.
+    The quicker a worker that shares its stage, the sooner its routes end, and the slower ones may draw all of the next.
+    `routes`: of microbatches that may be joined. `consumers`: workers of each stage that take first trips.
+    Returns as many as take them at a stage where one is short of routes; 0 where none is.
     """
-    for stage, count in enumerate(workers):
+    extra = 0
+    for stage, count in enumerate(consumers):
         drawn = Counter(route[stage] for route in routes if len(route) > stage)
-        if count > 1 and sum(1 for times in drawn.values() if times >= LEAST_ROUTES) < count:
-            return True
-    return False
+        least = min(LEAST_ROUTES, target // max(count, 1))
+        if count > 1 and sum(1 for times in drawn.values() if times >= least) < count:
+            extra = max(extra, count)
+    return extra
 
 
 def sizes(waiting: int, slots: int, most: int) -> list[int]:

@@ -56,7 +56,7 @@ class StageCost:
     parameters: int
     #: In the plan's dtype.
     weight_bytes: int
-    #: The stage's part of the work that a token makes.
+    #: The stage's part of the work that a token of a prompt and one that is generated make, or of what was measured.
     share: float
     #: In the plan's dtype, for all of the stage's layers.
     kv_bytes_per_token: int

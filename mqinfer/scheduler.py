@@ -241,13 +241,13 @@ class Scheduler:
     def _slots(self, target: int, now_s: float) -> int:
         """How many microbatches may be formed now: few at a time while routes are drawn anew (docs/decisions/0010)."""
         live = [microbatch for microbatch in self.microbatches.values() if self._is_open(microbatch)]
-        slots, known = target - len(live), self._known()
-        if slots < 1 and len(live) < target + max(known) and batching.starved([m.route for m in live], known):
-            slots = int(all(microbatch.route for microbatch in live))  # one first trip at a time, and see who took it
-        ending = len(self.rows) - len(self.waiting) - sum(len(microbatch.rows) for microbatch in live)
-        if ending < batching.MANY_ENDING * len(self.rows) or max(known) < 2:
-            return slots
         first = sum(1 for m in live if not m.route and now_s - m.sent_at_s < batching.LONG_FIRST_TRIP_S)
+        slots = target - len(live)
+        if slots < 1 and not first:  # one at a time, to see who takes it
+            slots = min(slots + batching.extra_microbatches([m.route for m in live], self.consumers, target), 1)
+        ending = len(self.rows) - len(self.waiting) - sum(len(microbatch.rows) for microbatch in live)
+        if ending < batching.MANY_ENDING * len(self.rows) or max(self._known()) < 2:
+            return slots
         return min(slots, batching.first_trips(target) - first)
 
     def _open(self, rows: list[LiveRow], now_s: float, *, alone: bool = False) -> list[Decision]:

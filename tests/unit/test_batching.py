@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mqinfer.batching import MOST_TO_EACH, Limits, Pending, counts, fair, microbatch_target, share, sizes, starved
+from mqinfer.batching import (
+    MOST_TO_EACH,
+    Limits,
+    Pending,
+    counts,
+    extra_microbatches,
+    fair,
+    microbatch_target,
+    share,
+    sizes,
+)
 
 LIMITS = Limits(microbatch_rows=8, rows=64, step_tokens=32, open_trips=100)
 NEEDS = st.lists(st.integers(1, 200), min_size=1, max_size=40)
@@ -78,13 +88,31 @@ def test_where_all_microbatches_must_be_full_none_is_denied_a_row(speed: float) 
 
 
 @pytest.mark.parametrize(
-    ("at_stage_1", "is_starved"),
-    [("aabb", False), ("aab", True), ("aaaaaab", True), ("aaaa", True), ("aabbc", False), ("", True)],
+    ("at_stage_1", "target", "extra"),
+    [
+        ("aabb", 4, 0),
+        ("aab", 4, 2),
+        ("aaaaaab", 7, 2),
+        ("aaaa", 4, 2),
+        ("", 4, 2),
+        ("aabbc", 5, 0),  # one is leaving
+        ("aab", 3, 0),  # of three microbatches not each of two workers can have two
+        ("aaa", 3, 2),
+    ],
 )
-def test_a_worker_that_shares_its_stage_starves_on_fewer_than_two_routes(at_stage_1: str, is_starved: bool) -> None:
-    assert starved([("w", worker) for worker in at_stage_1], [1, 2]) is is_starved
+def test_more_microbatches_may_be_made_where_a_worker_is_short_of_routes(
+    at_stage_1: str, target: int, extra: int
+) -> None:
+    assert extra_microbatches([("w", worker) for worker in at_stage_1], [1, 2], target) == extra
 
 
-def test_single_workers_do_not_starve_whatever_routes_there_are() -> None:
-    assert not starved([], [1, 1])
-    assert not starved([("w",), ()], [1, 1])
+def test_they_are_as_many_as_the_stage_has_workers_that_is_short_of_them() -> None:
+    routes = [("ab"[i % 2], "cde"[i % 3]) for i in range(12)]
+    assert extra_microbatches(routes, [2, 3], 12) == 0
+    assert extra_microbatches(routes, [2, 4], 12) == 4
+    assert extra_microbatches(routes, [3, 3], 12) == 3
+
+
+def test_single_workers_are_never_short_of_routes() -> None:
+    assert extra_microbatches([], [1, 0], 2) == 0
+    assert extra_microbatches([("w",), ()], [1, 1], 2) == 0
