@@ -20,8 +20,8 @@ TURNS = 8
 LONG_FIRST_TRIP_S = 10.0
 
 #: Routes that keep a worker busy which shares its stage, one microbatch in its hands while another is elsewhere: so
-#: many are seen to, where there are microbatches enough for all.
-LEAST_ROUTES = 2
+#: many are seen to where there are three microbatches for each worker of the stage, for routes are never drawn evenly.
+LEAST_ROUTES, PLENTY = 2, 3
 
 #: How many times larger or smaller than others a microbatch's speed makes it at most.
 MOST_UNLIKE = 4.0
@@ -100,12 +100,12 @@ def extra_microbatches(routes: Sequence[Sequence[str]], consumers: Sequence[int]
 
     The quicker a worker that shares its stage, the sooner its routes end, and the slower ones may draw all of the next.
     `routes`: of microbatches that may be joined. `consumers`: workers of each stage that take first trips.
-    Returns as many as take them at a stage where one is short of routes; 0 where none is.
+    Returns as many as take them at the largest stage where one is short of routes; 0 where none is.
     """
     extra = 0
     for stage, count in enumerate(consumers):
         drawn = Counter(route[stage] for route in routes if len(route) > stage)
-        least = min(LEAST_ROUTES, target // max(count, 1))
+        least = LEAST_ROUTES if target >= PLENTY * count else 1
         if count > 1 and sum(1 for times in drawn.values() if times >= least) < count:
             extra = max(extra, count)
     return extra

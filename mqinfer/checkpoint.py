@@ -56,7 +56,7 @@ class StageCost:
     parameters: int
     #: In the plan's dtype.
     weight_bytes: int
-    #: The stage's part of the work that a token of a prompt and one that is generated make, or of what was measured.
+    #: The stage's share of the pipeline's work: as measured, or of one prompt token and one generated token.
     share: float
     #: In the plan's dtype, for all of the stage's layers.
     kv_bytes_per_token: int

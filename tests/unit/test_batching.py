@@ -90,14 +90,13 @@ def test_where_all_microbatches_must_be_full_none_is_denied_a_row(speed: float) 
 @pytest.mark.parametrize(
     ("at_stage_1", "target", "extra"),
     [
-        ("aabb", 4, 0),
-        ("aab", 4, 2),
-        ("aaaaaab", 7, 2),
-        ("aaaa", 4, 2),
-        ("", 4, 2),
-        ("aabbc", 5, 0),  # one is leaving
-        ("aab", 3, 0),  # of three microbatches not each of two workers can have two
-        ("aaa", 3, 2),
+        ("aaaabb", 6, 0),
+        ("aaaaab", 6, 2),
+        ("aaaaaa", 6, 2),
+        ("", 6, 2),
+        ("aabbcc", 6, 0),  # one is full
+        ("aaaab", 5, 0),  # too few microbatches to ask for two on each worker
+        ("aaaaa", 5, 2),
     ],
 )
 def test_more_microbatches_may_be_made_where_a_worker_is_short_of_routes(
