@@ -26,7 +26,7 @@ RAGGED = "mqinfer_ragged"
 class Extent:
     """One row's part of a forward: the new positions [start, start + count) of what is kept of it."""
 
-    #: By layer of the stage: [kv_heads, capacity >= start + count, dim]; the new positions are written there.
+    #: By layer of the stage: [1, kv_heads, capacity >= start + count, dim]; the new positions are written there.
     keys: Sequence[Tensor]
     values: Sequence[Tensor]
     start: int
@@ -38,11 +38,11 @@ class Extent:
         return self.start + self.count
 
     def store(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new positions, [kv_heads, count, dim]; all positions up to them."""
+        """Write the new positions, [(1,) kv_heads, count, dim]; all positions up to them."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.narrow(1, self.start, self.count).copy_(key)
-        values.narrow(1, self.start, self.count).copy_(value)
-        return keys.narrow(1, 0, self.end), values.narrow(1, 0, self.end)
+        keys.narrow(2, self.start, self.count).copy_(key)
+        values.narrow(2, self.start, self.count).copy_(value)
+        return keys.narrow(2, 0, self.end), values.narrow(2, 0, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,40 +114,48 @@ def ragged_attention(
         what[layer] = (key.shape, value.shape)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     rule = Rule(scaling=scaling, window=sliding_window, softcap=softcap, sinks=s_aux)
-    return _attend(query[0], key[0], value[0], layer - what.first, what.extents, rule), None
+    return _attend(query, key, value, layer - what.first, what.extents, rule), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, layer: int, extents: Sequence[Extent], rule: Rule) -> Tensor:
-    """Row by row; [heads, tokens, dim] -> [1, tokens, heads, value_dim].
+    """Row by row; as `ragged_attention`.
 
-    Rows are many and small: one split and one cat for all of them, where slices of each would cost half as much again.
+    Rows are many and small, and each view of a row costs a twentieth of its attention: they are split once for all of
+    them, and have the kernel's own shapes from then on.
     """
+    _, heads, tokens, dim = query.shape
+    kv_heads = key.shape[1]
     counts = [extent.count for extent in extents]
-    parts = (tensor.split_with_sizes(counts, dim=1) for tensor in (query, key, value))
+    queries = query.reshape(1, kv_heads, heads // kv_heads, tokens, dim).split_with_sizes(counts, dim=3)
+    new_keys, new_values = (new.split_with_sizes(counts, dim=2) for new in (key, value))
     outs = []
-    for extent, row_query, row_key, row_value in zip(extents, *parts, strict=True):
+    for extent, row_query, row_key, row_value in zip(extents, queries, new_keys, new_values, strict=True):
         keys, values = extent.store(layer, row_key, row_value)
         outs.append(attend_row(row_query, keys, values, rule))
-    return torch.cat(outs, dim=1).transpose(0, 1)[None]
+    return torch.cat(outs).view(1, tokens, heads, value.shape[3])
 
 
 def attend_row(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
-    """A row's last positions over all: [heads, count, dim] over [kv_heads, end, dim] -> [heads, count, value_dim]."""
-    heads, count, dim = query.shape
+    """A row's last `count` positions over all `end`; heads that share keys are a group.
+
+    query: [1, kv_heads, group, count, dim]. keys, values: [1, kv_heads, end, dim].
+    Returns [count, kv_heads, group, value_dim].
+    """
+    count = query.shape[3]
     if rule.window is not None:
-        first_seen = max(0, keys.shape[1] - count - rule.window + 1)
-        keys, values = keys[:, first_seen:], values[:, first_seen:]
-    grouped = query.reshape(keys.shape[0], heads // keys.shape[0], count, dim)
-    out = _by_kernel(grouped, keys, values, rule) if rule.is_plain else _by_hand(grouped, keys, values, rule)
-    return out.reshape(heads, count, values.shape[2])
+        first_seen = max(0, keys.shape[2] - count - rule.window + 1)
+        keys, values = keys[:, :, first_seen:], values[:, :, first_seen:]
+    if not rule.is_plain:
+        return _by_hand(query[0], keys[0], values[0], rule).permute(2, 0, 1, 3)
+    if count == 1:  # a group's heads are to the kernel so many queries: nothing is repeated
+        return scaled_dot_product_attention(query.squeeze(3), keys, values, scale=rule.scaling)
+    return _by_kernel(query[0], keys[0], values[0], rule).permute(2, 0, 1, 3)
 
 
 def _by_kernel(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
-    """query: [kv_heads, group, count, dim]."""
+    """query: [kv_heads, group, count, dim], keys, values: [kv_heads, end, dim]."""
     kv_heads, group, count, _ = query.shape
     end = keys.shape[1]
-    if count == 1:  # heads that share keys are to the kernel so many queries: nothing is repeated
-        return scaled_dot_product_attention(query.squeeze(2)[None], keys[None], values[None], scale=rule.scaling)
     keys = keys[:, None].expand(kv_heads, group, end, keys.shape[2])
     values = values[:, None].expand(kv_heads, group, end, values.shape[2])
     if count == end and (rule.window is None or end <= rule.window):
@@ -157,7 +165,7 @@ def _by_kernel(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tenso
 
 
 def _by_hand(query: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
-    """As the families' own eager attention computes it; query: [kv_heads, group, count, dim]."""
+    """As the families' own eager attention computes it; shapes as in `_by_kernel`."""
     scaling = query.shape[3] ** -0.5 if rule.scaling is None else rule.scaling
     scores = torch.matmul(query, keys[:, None].transpose(2, 3)) * scaling
     if rule.softcap is not None:

@@ -38,7 +38,7 @@ class Entry:
     epoch: int
     #: Positions there is room for.
     capacity: int
-    #: By layer: [kv_heads, capacity, key_dim] and [kv_heads, capacity, value_dim].
+    #: By layer: [1, kv_heads, capacity, key_dim] and [1, kv_heads, capacity, value_dim]: as kernels want them.
     keys: list[Tensor]
     values: list[Tensor]
     #: Positions held.
@@ -182,8 +182,8 @@ class KVCache:
         """Tensor by tensor, so that never more than one is here twice."""
         for tensors in (entry.keys, entry.values):
             for index, old in enumerate(tensors):
-                new = self._empty(old.shape[0], capacity, old.shape[2])
-                new[:, : entry.length] = old[:, : entry.length]
+                new = self._empty(old.shape[1], capacity, old.shape[3])
+                new[:, :, : entry.length] = old[:, :, : entry.length]
                 tensors[index] = new
         self.used_bytes += self._bytes(capacity - entry.capacity)
         entry.capacity = capacity
@@ -197,7 +197,7 @@ class KVCache:
         return tokens * self.bytes_per_token
 
     def _empty(self, heads: int, tokens: int, dim: int) -> Tensor:
-        return torch.empty((heads, tokens, dim), dtype=self.dtype, device=self.device)
+        return torch.empty((1, heads, tokens, dim), dtype=self.dtype, device=self.device)
 
 
 def first_capacity(row: Row) -> int:

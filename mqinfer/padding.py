@@ -62,8 +62,8 @@ class PaddedBatch:
     def _past(self, layer: int) -> DynamicLayer:
         states = DynamicLayer()  # type: ignore[no-untyped-call]
         if any(extent.start for extent in self._extents):
-            keys = _left_padded([extent.keys[layer][:, : extent.start] for extent in self._extents])
-            values = _left_padded([extent.values[layer][:, : extent.start] for extent in self._extents])
+            keys = _left_padded([extent.keys[layer][0, :, : extent.start] for extent in self._extents])
+            values = _left_padded([extent.values[layer][0, :, : extent.start] for extent in self._extents])
             states.update(keys, values)
         return states
 

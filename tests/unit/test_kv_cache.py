@@ -70,8 +70,8 @@ def test_a_new_row_gets_its_reserve_rounded_up_but_no_more_than_128_beyond_what_
 
 def test_keys_and_values_have_the_shapes_of_their_layer() -> None:
     entry = admitted(cache_of(64), row_of())
-    assert [tuple(tensor.shape) for tensor in entry.keys] == [(2, 64, 4), (1, 64, 8)]
-    assert [tuple(tensor.shape) for tensor in entry.values] == [(2, 64, 3), (1, 64, 8)]
+    assert [tuple(tensor.shape) for tensor in entry.keys] == [(1, 2, 64, 4), (1, 1, 64, 8)]
+    assert [tuple(tensor.shape) for tensor in entry.values] == [(1, 2, 64, 3), (1, 1, 64, 8)]
 
 
 def test_a_row_without_room_is_refused_until_another_is_forgotten() -> None:
@@ -168,8 +168,8 @@ def test_growth_is_by_half_and_keeps_what_was_held() -> None:
     assert grown is entry
     assert entry.capacity == 192
     for number, tensor in enumerate((*entry.keys, *entry.values)):
-        assert tensor.shape[1] == 192
-        assert (tensor[:, :128] == number).all()
+        assert tensor.shape[2] == 192
+        assert (tensor[:, :, :128] == number).all()
     assert cache.used_bytes == held_bytes(cache, range(1))
 
 

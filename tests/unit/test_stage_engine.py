@@ -268,7 +268,7 @@ def test_a_cache_that_cannot_be_allocated_costs_its_row_only(
     real = torch.empty
 
     def scarce(size: tuple[int, ...], **options: Any) -> torch.Tensor:
-        if size[1] > 64:
+        if size[2] > 64:
             raise torch.OutOfMemoryError("no more")
         return real(size, **options)
 
