@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ class Refusal:
 class Chunk:
     """What some lines of the input come to."""
 
-    #: By line number.
+    #: By line number; those that may take longest come first, so that few rows are left to compute alone at the end.
     requests: dict[int, Request]
     refusals: list[Refusal]
     #: Number of the last line looked at, and `lines_digest` up to it.
@@ -223,7 +223,7 @@ class LineReader:
             chunk = Chunk({}, [], batch[-1][0], digest.hexdigest())
             for number, raw in batch:
                 self._sort(number, raw, chunk, seen, has)
-            yield chunk
+            yield replace(chunk, requests=dict(sorted(chunk.requests.items(), key=lambda each: -each[1].max_tokens)))
 
     def _sort(
         self, number: int, raw: bytes, chunk: Chunk, seen: FingerprintSet, has: Callable[[int, str | None], bool]

@@ -62,6 +62,13 @@ def path(tmp_path: Path) -> Iterator[Path]:
     return tmp_path / "prompts.jsonl"
 
 
+def test_rows_that_may_take_longest_come_first_and_equals_in_their_order(path: Path) -> None:
+    lengths = [5, 20, 5, 40, 20]
+    lines = [completion(max_tokens=most).replace(b'"a"', b'"%d"' % at) for at, most in enumerate(lengths)]
+    (chunk,) = read(path, *lines)
+    assert list(chunk.requests) == [4, 2, 5, 1, 3]
+
+
 def test_a_chat_line_becomes_a_request(path: Path) -> None:
     request = only(
         path,
