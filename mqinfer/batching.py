@@ -120,6 +120,18 @@ def sizes(waiting: int, slots: int, most: int) -> list[int]:
     return [each] * full + ([rest] if rest else [])
 
 
+def handed(own: int, others: Sequence[int]) -> list[int]:
+    """How many of its `own` rows a microbatch gives to each of the `others`, so that none has two more than another.
+
+    Or as near to it as it can alone: what others have too many of they give themselves.
+    """
+    have = list(others)
+    while have and own - min(have) > 1:
+        have[have.index(min(have))] += 1
+        own -= 1
+    return [after - before for after, before in zip(have, others, strict=True)]
+
+
 def counts(pending: Sequence[Pending], step_tokens: int) -> list[int]:
     """How many new positions each row computes in the next step; 0: it sits this one out.
 

@@ -61,6 +61,22 @@ class LiveRow:
         return self.checkpoint()
 
 
+def parts_of(rows: Sequence[LiveRow], counts: Sequence[int], context_tokens: int) -> tuple[Row, ...]:
+    """What the rows' next step says of those that have new positions in it: so many each (`counts`)."""
+    return tuple(
+        Row(
+            row=row.number,
+            epoch=row.epoch,
+            start=row.cached,
+            count=count,
+            reserve=min(len(row.request.prompt) + row.request.max_tokens, context_tokens),
+            sampling=row.request.sampling if row.cached + count == row.known else None,
+        )
+        for row, count in zip(rows, counts, strict=True)
+        if count
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Microbatch:
     """Rows that travel together, and the one step that is under way."""
@@ -127,6 +143,33 @@ class Microbatch:
         """At which stage this worker has the step in its hands, about; -1 where that is not known."""
         holding = self.takers if self.alone else self.takers[-1:]
         return len(self.takers) - 1 if worker in holding else -1
+
+    def beside(self, number: int) -> Microbatch:
+        """One without rows that takes the same way and ends as early."""
+        return Microbatch(number=number, rows=[], route=self.route, step=self.step, trip_s=self.trip_s)
+
+    def hand(self, count: int, other: Microbatch) -> None:
+        """Its last so many rows go on with the other's next step; none of them is in a step under way."""
+        left = len(self.rows) - count
+        other.rows += self.rows[left:]
+        del self.rows[left:]
+
+    def next_step(self, plan: str, owner: str) -> Step:
+        """The step under way, as stage 0 gets it."""
+        rows = {row.number: row for row in self.rows}
+        return Step(
+            plan=plan,
+            owner=owner,
+            microbatch=self.number,
+            number=self.step,
+            stage=0,
+            route=self.route,
+            rows=self.parts,
+            release=tuple(self.released),
+            alone=self.alone,
+            ttl_s=self.timeout_s,
+            tokens=tuple(token for p in self.parts for token in rows[p.row].tokens(p.start, p.start + p.count)),
+        )
 
     def leave(self, row: LiveRow) -> None:
         """The row goes; its workers are told with the next step."""

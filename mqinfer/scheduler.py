@@ -13,10 +13,10 @@ from statistics import fmean
 
 from mqinfer import batching
 from mqinfer.batching import Limits, Pending
-from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, Step, StepDone, StepTaken
+from mqinfer.messages import FinishReason, Miss, MissReason, Release, Request, Row, Sampled, StepDone, StepTaken
 from mqinfer.pacing import Pace
 from mqinfer.plan import Plan
-from mqinfer.rows import Decision, Ended, Forget, GivenUp, LiveRow, Microbatch, Replayed, Send, StopFinder
+from mqinfer.rows import Decision, Ended, Forget, GivenUp, LiveRow, Microbatch, Replayed, Send, StopFinder, parts_of
 from mqinfer.verdicts import MAX_FAILURES, Verdict, decide, explain
 
 #: The step timeout grows to so many times what was set, where trips take longer than that.
@@ -64,6 +64,10 @@ class Scheduler:
         routes = [microbatch.route for microbatch in self.microbatches.values()]
         on_routes = [len({route[stage] for route in routes if stage < len(route)}) for stage in self._stages]
         return list(map(max, self.consumers, on_routes))
+
+    def _shared(self) -> bool:
+        """Whether several workers share a stage; in a chain of single ones each waits for all others."""
+        return max(self._known()) > 1
 
     # -- events --------------------------------------------------------------------------------
 
@@ -246,7 +250,7 @@ class Scheduler:
         if slots < 1 and not first:  # one at a time, to see who takes it
             slots = min(slots + batching.extra_microbatches([m.route for m in live], self.consumers, target), 1)
         ending = len(self.rows) - len(self.waiting) - sum(len(microbatch.rows) for microbatch in live)
-        if ending < batching.MANY_ENDING * len(self.rows) or max(self._known()) < 2:
+        if ending < batching.MANY_ENDING * len(self.rows) or not self._shared():
             return slots
         return min(slots, batching.first_trips(target) - first)
 
@@ -264,7 +268,28 @@ class Scheduler:
         self._join(microbatch)
         if not microbatch.rows:
             return self._close(microbatch)
-        return [self._send(microbatch, now_s)]
+        new = self._even_out(microbatch)
+        return [self._send(each, now_s) for each in (microbatch, *new)]
+
+    def _even_out(self, microbatch: Microbatch) -> list[Microbatch]:
+        """In a chain of single workers: give rows to smaller microbatches, which go on with them; returns new ones.
+
+        Where one is large and another small, or all rows of the other have ended, a stage waits for the other's large
+        forward. Where rows wait, those that join even it out.
+        """
+        if self.waiting or self._shared() or not self._is_open(microbatch):
+            return []
+        peers = [m for m in self.microbatches.values() if m is not microbatch and self._is_open(m)]
+        if any(peer.route != microbatch.route for peer in peers):
+            return []
+        missing = min(self.target() - 1 - len(peers), len(microbatch.rows) - 1)
+        new = [microbatch.beside(self._next_microbatch + at) for at in range(missing)]
+        self._next_microbatch += len(new)
+        self.microbatches |= {each.number: each for each in new}
+        peers += new
+        for peer, count in zip(peers, batching.handed(len(microbatch.rows), [len(m.rows) for m in peers]), strict=True):
+            microbatch.hand(count, peer)
+        return new
 
     def _join(self, microbatch: Microbatch) -> None:
         if not self.waiting or not self._is_open(microbatch):
@@ -276,8 +301,8 @@ class Scheduler:
             microbatch.rows.append(row)
 
     def _speed(self, microbatch: Microbatch) -> float:
-        """Of its trips, beside the mean of all; in a chain of single workers each waits for all others."""
-        if not microbatch.trip_s or max(self._known()) < 2:
+        """Of its trips, beside the mean of all."""
+        if not microbatch.trip_s or not self._shared():
             return 1.0
         trips_s = [each.trip_s for each in self.microbatches.values() if each.trip_s and self._is_open(each)]
         return 1 / microbatch.trip_s / fmean(1 / trip_s for trip_s in trips_s)
@@ -289,39 +314,14 @@ class Scheduler:
         microbatch.begin_step(now_s)
         microbatch.timeout_s = self._step_timeout_s * self._patience
         microbatch.parts = self._parts(microbatch.rows)
-        step = Step(
-            plan=self._plan.digest,
-            owner=self._owner,
-            microbatch=microbatch.number,
-            number=microbatch.step,
-            stage=0,
-            route=microbatch.route,
-            rows=microbatch.parts,
-            release=tuple(microbatch.released),
-            alone=microbatch.alone,
-            ttl_s=microbatch.timeout_s,
-            tokens=tuple(
-                token for p in microbatch.parts for token in self.rows[p.row].tokens(p.start, p.start + p.count)
-            ),
-        )
+        step = microbatch.next_step(self._plan.digest, self._owner)
         microbatch.released.clear()
         return Send(microbatch.route[0] if microbatch.route else None, step)
 
     def _parts(self, rows: Sequence[LiveRow]) -> tuple[Row, ...]:
         pending = [Pending(row.cached, row.known) for row in rows]
         counts = batching.counts(pending, self._pace.step_tokens(pending, self._limits.step_tokens))
-        return tuple(
-            Row(
-                row=row.number,
-                epoch=row.epoch,
-                start=row.cached,
-                count=count,
-                reserve=min(len(row.request.prompt) + row.request.max_tokens, self._plan.context_tokens),
-                sampling=row.request.sampling if row.cached + count == row.known else None,
-            )
-            for row, count in zip(rows, counts, strict=True)
-            if count
-        )
+        return parts_of(rows, counts, self._plan.context_tokens)
 
     def _abandon(
         self, microbatch: Microbatch, reason: MissReason, detail: str, *, without: str = "", stage: int = -1

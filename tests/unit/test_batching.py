@@ -11,6 +11,7 @@ from mqinfer.batching import (
     counts,
     extra_microbatches,
     fair,
+    handed,
     microbatch_target,
     share,
     sizes,
@@ -115,3 +116,13 @@ def test_they_are_as_many_as_the_stage_has_workers_that_is_short_of_them() -> No
 def test_single_workers_are_never_short_of_routes() -> None:
     assert extra_microbatches([], [1, 0], 2) == 0
     assert extra_microbatches([("w",), ()], [1, 1], 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "given"),
+    [(5, [], []), (4, [4], [0]), (4, [3], [0]), (5, [3], [1]), (32, [1], [15]), (8, [0, 0], [3, 2]), (2, [9], [0])],
+)
+def test_a_microbatch_gives_until_none_has_two_rows_more_than_another(
+    own: int, others: list[int], given: list[int]
+) -> None:
+    assert handed(own, others) == given

@@ -423,6 +423,52 @@ def test_rows_that_come_one_after_the_other_are_spread_evenly() -> None:
     assert sorted(len(microbatch.rows) for microbatch in ring.scheduler.microbatches.values()) == [3, 3]
 
 
+def test_where_all_rows_of_a_microbatch_end_another_gives_half_of_its_own_to_a_new_one() -> None:
+    """Or half of a chain's workers would wait, whichever has it in its hands."""
+    ring = Ring()
+    ring.add(*(request(f"r{i}", (1, 2), max_tokens=3 if i < 4 else 20) for i in range(8)))
+    short, long = ring.scheduler.microbatches.values()
+    while len(ring.results) < 4:
+        ring.turn()
+    microbatches = ring.scheduler.microbatches
+    assert list(microbatches) == [long.number]
+    assert short.number != long.number
+    ring.turn()
+    (new,) = (each for each in microbatches.values() if each is not long)
+    assert (len(long.rows), len(new.rows)) == (2, 2)
+    assert (new.route, new.step) == (ROUTE, long.step), "it goes on as the other would have"
+    ring.run()
+    assert len(ring.results) == 8
+    assert not ring.replayed
+
+
+def test_a_microbatch_gives_rows_to_one_that_has_fewer_which_go_on_with_its_next_step() -> None:
+    ring = Ring()
+    ring.add(*(request(f"r{i}", (1, 2), max_tokens=3 if i < 3 else 20) for i in range(8)))
+    first, second = ring.scheduler.microbatches.values()
+    while len(ring.results) < 3:
+        ring.turn()
+    ring.turn()
+    assert (len(first.rows), len(second.rows)) == (2, 3)
+    ring.run()
+    assert len(ring.results) == 8
+    assert not ring.replayed
+    assert all(ring.results[f"r{i}"].row.output == continuation((1, 2), 20) for i in range(3, 8))
+
+
+def test_rows_stay_where_they_are_while_another_microbatch_has_no_route_yet() -> None:
+    ring = Ring()
+    ring.add(*(request(f"r{i}", max_tokens=3 if i < 4 else 20) for i in range(8)))
+    first = ring.sent.pop(0)
+    for _ in range(10):  # the second one goes round, the first has not come home
+        ring.turn()
+    assert len(ring.scheduler.microbatches) == 2
+    assert all(len(microbatch.rows) == 4 for microbatch in ring.scheduler.microbatches.values())
+    ring.sent.append(first)
+    ring.run()
+    assert len(ring.results) == 8
+
+
 @pytest.mark.parametrize(("workers", "sizes"), [((1, 1), [3, 3]), ((1, 2), [4, 2, 2, 2, 2])])
 def test_where_workers_share_a_stage_rows_join_the_microbatch_whose_trips_are_shorter(
     workers: tuple[int, int], sizes: list[int]
