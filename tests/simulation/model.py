@@ -128,7 +128,7 @@ class SimModel:
         return [int(low) | int(high) << 24 for low, high in inputs.tolist()]
 
     def _extend(self, extent: Extent, new: Sequence[int], epoch: int, rows: list[tuple[str, int]]) -> list[int]:
-        kept = extent.keys[0][0, :, 0]
+        kept = extent.keys[0][0, 0, :, 0]
         last = int(kept[extent.start - 1]) if extent.start else self._start * _EPOCHS + epoch
         epochs = {last % _EPOCHS} | (set() if self.first else {value % _EPOCHS for value in new})
         if epochs != {epoch}:

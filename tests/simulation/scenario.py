@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from simulation.network import Weather
@@ -108,6 +108,9 @@ LARGE = Size(
     (1, 2, 2, 3, 3, 4, 5, 6), (1, 1, 1, 2, 2, 3, 4), (1, 1, 2, 2, 3), (1, 1, 1, 2, 3), (3, 8), (4, 12, 90), (3, 6, 12)
 )
 SMALL_SHARE = 0.7
+#: Chains of single workers with rows enough for their microbatches to even them out.
+CHAIN = Size((2, 2, 3), (1,), (1, 1, 2), (1,), (12, 24), (4, 12), (3, 12, 24))
+CHAIN_SHARE = 0.1
 
 
 def draw(seed: int) -> Scenario:
@@ -122,7 +125,7 @@ def draw(seed: int) -> Scenario:
     impatient = random.random() < 0.2 and not any(fault.kind == "alarm" for fault in faults)
     timeout_s = random.uniform(9, 15) if impatient else None
     step_timeout_s = random.uniform(4, 8)
-    return Scenario(
+    scenario = Scenario(
         seed=seed,
         workers=[_workers(random, size) for _ in range(stages)],
         coordinators=random.choice(size.coordinators),
@@ -142,6 +145,20 @@ def draw(seed: int) -> Scenario:
         idle_s=step_timeout_s + random.uniform(1, 4),
         drain_s=random.choice((0.0, 1.0, 5.0)),
         codec=random.choice(("raw", "raw", "raw", "lossless")),
+    )
+    return _chain(random, scenario, faulty_s) if random.random() < CHAIN_SHARE else scenario
+
+
+def _chain(random: Random, scenario: Scenario, faulty_s: float) -> Scenario:
+    """The same in which mostly all rows are under way at once."""
+    return replace(
+        scenario,
+        workers=[_workers(random, CHAIN) for _ in range(random.choice(CHAIN.stages))],
+        coordinators=random.choice(CHAIN.coordinators),
+        jobs=_jobs(random, CHAIN, faulty_s),
+        budget_tokens=4096,
+        rows=32,
+        microbatch_rows=16,
     )
 
 
