@@ -187,7 +187,7 @@ class Refusal:
 class Chunk:
     """What some lines of the input come to."""
 
-    #: By line number; those that may take longest come first, so that few rows are left to compute alone at the end.
+    #: Keyed by line number, those that may take longest first: few rows are left to compute alone at the end.
     requests: dict[int, Request]
     refusals: list[Refusal]
     #: Number of the last line looked at, and `lines_digest` up to it.

@@ -149,10 +149,12 @@ class Microbatch:
         return Microbatch(number=number, rows=[], route=self.route, step=self.step, trip_s=self.trip_s)
 
     def hand(self, count: int, other: Microbatch) -> None:
-        """Its last so many rows go on with the other's next step; none of them is in a step under way."""
-        left = len(self.rows) - count
-        other.rows += self.rows[left:]
-        del self.rows[left:]
+        """Its first so many rows go on with the other's next step; none of them is in a step under way.
+
+        The first are those that have been here longest: the last may just have come in the same way, and wait.
+        """
+        other.rows += self.rows[:count]
+        del self.rows[:count]
 
     def next_step(self, plan: str, owner: str) -> Step:
         """The step under way, as stage 0 gets it."""

@@ -274,15 +274,15 @@ class Scheduler:
     def _even_out(self, microbatch: Microbatch) -> list[Microbatch]:
         """In a chain of single workers: give rows to smaller microbatches, which go on with them; returns new ones.
 
-        Where one is large and another small, or all rows of the other have ended, a stage waits for the other's large
-        forward. Where rows wait, those that join even it out.
+        Or a stage would wait for another's large forward. Where rows wait, those that join even it out.
         """
         if self.waiting or self._shared() or not self._is_open(microbatch):
             return []
         peers = [m for m in self.microbatches.values() if m is not microbatch and self._is_open(m)]
-        if any(peer.route != microbatch.route for peer in peers):
+        target = self.target()
+        if len(peers) >= target or any(peer.route != microbatch.route for peer in peers):
             return []
-        missing = min(self.target() - 1 - len(peers), len(microbatch.rows) - 1)
+        missing = min(target - len(self.microbatches), len(microbatch.rows) - 1)
         new = [microbatch.beside(self._next_microbatch + at) for at in range(missing)]
         self._next_microbatch += len(new)
         self.microbatches |= {each.number: each for each in new}

@@ -427,12 +427,11 @@ def test_where_all_rows_of_a_microbatch_end_another_gives_half_of_its_own_to_a_n
     """Or half of a chain's workers would wait, whichever has it in its hands."""
     ring = Ring()
     ring.add(*(request(f"r{i}", (1, 2), max_tokens=3 if i < 4 else 20) for i in range(8)))
-    short, long = ring.scheduler.microbatches.values()
+    _, long = ring.scheduler.microbatches.values()
     while len(ring.results) < 4:
         ring.turn()
     microbatches = ring.scheduler.microbatches
-    assert list(microbatches) == [long.number]
-    assert short.number != long.number
+    assert list(microbatches.values()) == [long]
     ring.turn()
     (new,) = (each for each in microbatches.values() if each is not long)
     assert (len(long.rows), len(new.rows)) == (2, 2)
@@ -456,17 +455,70 @@ def test_a_microbatch_gives_rows_to_one_that_has_fewer_which_go_on_with_its_next
     assert all(ring.results[f"r{i}"].row.output == continuation((1, 2), 20) for i in range(3, 8))
 
 
-def test_rows_stay_where_they_are_while_another_microbatch_has_no_route_yet() -> None:
-    ring = Ring()
-    ring.add(*(request(f"r{i}", max_tokens=3 if i < 4 else 20) for i in range(8)))
-    first = ring.sent.pop(0)
-    for _ in range(10):  # the second one goes round, the first has not come home
+def evened(ring: Ring) -> tuple[int, list[int]]:
+    """Rows of the first microbatch, 3 of whose rows have ended, and of the others when the second has come home."""
+    first, second = ring.scheduler.microbatches.values()
+    while len(ring.results) < 3:
         ring.turn()
-    assert len(ring.scheduler.microbatches) == 2
-    assert all(len(microbatch.rows) == 4 for microbatch in ring.scheduler.microbatches.values())
-    ring.sent.append(first)
+    while ring.sent[0].step.microbatch != second.number:
+        ring.turn()
+    ring.turn()
+    return len(first.rows), [len(each.rows) for each in ring.scheduler.microbatches.values() if each is not first]
+
+
+@pytest.mark.parametrize(
+    ("consumers", "closed", "sizes"),
+    [
+        ([1, 1], (), (2, [3])),
+        ([1, 2], (), (1, [4])),  # there their speed decides
+        ([1, 1], (0,), (1, [4])),
+        ([1, 1], (1,), (1, [4])),
+    ],
+)
+def test_rows_go_over_only_where_single_workers_serve_open_microbatches(
+    consumers: list[int], closed: tuple[int, ...], sizes: tuple[int, list[int]]
+) -> None:
+    ring = Ring()
+    ring.add(*(request(f"r{i}", (1, 2), max_tokens=3 if i < 3 else 20) for i in range(8)))
+    ring.scheduler.consumers = consumers
+    for number, microbatch in enumerate(ring.scheduler.microbatches.values()):
+        microbatch.closed = number in closed
+    assert evened(ring) == sizes
     ring.run()
     assert len(ring.results) == 8
+
+
+def test_rows_stay_where_they_are_while_another_microbatch_has_no_route_yet() -> None:
+    """It may find other workers."""
+    ring = Ring()
+    ring.add(*(request(f"r{i}", (1, 2), max_tokens=20) for i in range(8)))
+    ring.turn()
+    ring.turn()
+    ring.take(ring.scheduler.done(missed(ring.sent.pop(0).step, MissReason.ROOM), 0.0))
+    lonely, second = ring.sent.pop(), ring.sent[0]
+    assert lonely.queue is None
+    ring.turn()
+    others = [each for each in ring.scheduler.microbatches.values() if each.number != lonely.step.microbatch]
+    assert [len(each.rows) for each in others] == [len(second.step.rows)] == [4]
+    ring.sent.append(lonely)
+    ring.run()
+    assert len(ring.results) == 8
+
+
+def test_no_rows_go_over_where_fewer_microbatches_would_do() -> None:
+    """The small one is to end: a forward for it would cost more than it saves."""
+    ring = Ring()
+    ring.scheduler = Scheduler(replace(PLAN, stages=(StageSpec(first=0, end=2),)), "owner", LIMITS, lambda *_: None)
+    ring.routes = lambda microbatch: ("w0",)
+    ring.add(*(request(f"r{i}", (1, 2), max_tokens=3 if i < 3 else 20) for i in range(7)))
+    assert [len(each.rows) for each in ring.scheduler.microbatches.values()] == [4, 3]
+    while len(ring.results) < 3:
+        ring.turn()
+    for _ in range(4):
+        ring.turn()
+    assert [len(each.rows) for each in ring.scheduler.microbatches.values()] in ([1, 3], [4])
+    ring.run()
+    assert len(ring.results) == 7
 
 
 @pytest.mark.parametrize(("workers", "sizes"), [((1, 1), [3, 3]), ((1, 2), [4, 2, 2, 2, 2])])
