@@ -26,9 +26,10 @@ LOG_TAIL = 15
 
 #: What the user's own environment does not say.
 DEFAULTS: Mapping[str, str] = {
-    # Big buffers come and go with every step; without these two each one is made of fresh pages.
+    # Big buffers come and go with every step; without the first two each one is made of fresh pages.
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_ARENA_MAX": "2",
     "MQINFER_THREADS": "1",  # the workers share this machine
     "PYTHON": sys.executable,  # what scripts/broker runs with
 }
