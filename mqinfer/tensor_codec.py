@@ -29,6 +29,11 @@ CODECS = ("raw", "lossless", "int8", "int8+zstd")
 #: taken over them leaves the others no bits (top-1 agreement 90% without, 99% with 16).
 OUTLIERS = 16
 
+#: `int8` takes a scale for each group of at least so many channels of a token: against one scale for all 576 of SmolLM2
+#: that is 1.3% more bytes, a KL divergence of 2.2e-4 where it was 3.0e-4. `int8+zstd`, which is for the fewest bytes,
+#: keeps one scale: finer codes compress less (0.47 of bfloat16's bytes instead of 0.44).
+GROUP_LEAST = 192
+
 #: Smaller planes stay as they are: setting zstd up costs more than it saves.
 ZSTD_LEAST_BYTES = 4096
 
@@ -73,7 +78,7 @@ def pack(tensor: Tensor, codec: str) -> Packed:
         exponents, *mantissas = _split(_bits(values))
         blobs = [_squeezed(exponents), *map(_view, mantissas)]
     elif codec in ("int8", "int8+zstd"):
-        *kept, codes = _quantized(values)
+        *kept, codes = _quantized(values, _groups(values.shape[1]) if codec == "int8" else 1)
         blobs = [*map(_view, kept), _squeezed(codes) if codec == "int8+zstd" else _view(codes)]
     else:
         raise ValueError(f"no such codec: {codec!r}")
@@ -95,7 +100,8 @@ def unpack(
     if packed.codec == "lossless":
         planes = _planes(packed, [(kind, count) for kind in _SPLIT[bits]], squeezed=0)
         return _tensor(_joined(planes, bits), dtype, tokens, hidden_size).to(device)
-    planes = _planes(packed, _int8_planes(tokens, hidden_size), squeezed=3 if packed.codec == "int8+zstd" else None)
+    layout = _int8_planes(tokens, hidden_size, _given_groups(packed, tokens, hidden_size))
+    planes = _planes(packed, layout, squeezed=3 if packed.codec == "int8+zstd" else None)
     return _dequantized(planes, dtype, tokens, hidden_size).to(device)
 
 
@@ -210,26 +216,43 @@ def _joined(planes: Sequence[Array], bits: type[np.unsignedinteger[Any]]) -> Arr
 _INFINITY = {dtype: _bits(torch.tensor([math.inf], dtype=dtype))[0] << 1 for dtype in _NAMES}
 
 
-def _int8_planes(tokens: int, hidden_size: int) -> list[Plane]:
-    """Kept channels' numbers, their values in bfloat16 [tokens, kept], scales [tokens], codes [tokens, hidden_size]."""
+def _groups(hidden_size: int) -> int:
+    """How many groups of equal size we make: the most of at least GROUP_LEAST channels."""
+    most = max(1, hidden_size // GROUP_LEAST)
+    return next(groups for groups in range(most, 0, -1) if hidden_size % groups == 0)
+
+
+def _given_groups(packed: Packed, tokens: int, hidden_size: int) -> int:
+    """How many there are, by how many scales came; that these are neither more nor fewer is for _planes to see."""
+    scales_bytes = memoryview(packed.blobs[2]).nbytes if len(packed.blobs) > 2 else 0
+    groups = max(1, scales_bytes // max(1, 4 * tokens))
+    if hidden_size % groups:
+        raise WireError(f"Packed.blobs[2]: {hidden_size} channels are not {groups} groups")
+    return groups
+
+
+def _int8_planes(tokens: int, hidden_size: int, groups: int) -> list[Plane]:
+    """Kept channels' numbers, their values in bfloat16 [tokens, kept], scales [tokens, groups], codes of all."""
     kept = min(OUTLIERS, hidden_size)
     return [
         (np.uint32, kept),
         (np.uint16, tokens * kept),
-        (np.float32, tokens),
+        (np.float32, tokens * groups),
         (np.int8, tokens * hidden_size),
     ]
 
 
-def _quantized(values: Tensor) -> list[Array]:
+def _quantized(values: Tensor, groups: int) -> list[Array]:
     """Planes as in _int8_planes. Raises: ComputeError."""
+    tokens, hidden_size = values.shape
     # Without their signs the bits of numbers are in the order of their sizes. NumPy needs half of PyTorch's time here.
     sizes = _rows(values) << 1
     channels = _outliers(sizes, _INFINITY[values.dtype])
     sizes[:, channels] = 0
-    peaks = sizes.max(1, initial=0) >> 1
-    scales = _tensor(peaks, values.dtype, len(peaks), 1).float().div_(127).clamp_(_SCALE_LEAST, _SCALE_MOST)
-    codes = values.float().div(scales).round_().to(torch.int8).numpy()
+    peaks = sizes.reshape(tokens, groups, hidden_size // groups).max(2, initial=0) >> 1
+    scales = _tensor(peaks, values.dtype, tokens, groups).float().div_(127).clamp_(_SCALE_LEAST, _SCALE_MOST)
+    numbers = values.float().reshape(tokens, groups, hidden_size // groups)
+    codes = numbers.div(scales.unsqueeze(2)).round_().to(torch.int8).view(tokens, hidden_size).numpy()
     codes[:, channels] = 0
     kept = values.index_select(1, torch.from_numpy(channels)).bfloat16()
     return [channels.astype(np.uint32), _bits(kept), scales.numpy(), codes]
@@ -250,8 +273,10 @@ def _dequantized(planes: Sequence[Array], dtype: torch.dtype, tokens: int, hidde
         raise WireError("Packed.blobs[0]: a channel that does not exist")
     if not (scales.min(initial=_SCALE_LEAST) >= _SCALE_LEAST and scales.max(initial=_SCALE_LEAST) <= _SCALE_MOST):
         raise WireError("Packed.blobs[2]: a scale out of bounds")
-    steps = torch.from_numpy(scales.copy()).unsqueeze(1)
-    numbers = torch.from_numpy(codes.astype(np.float32)).view(tokens, hidden_size).mul_(steps).to(dtype)
+    groups = len(scales) // tokens if tokens else 1
+    steps = torch.from_numpy(scales.copy()).view(tokens, groups, 1)
+    numbers = torch.from_numpy(codes.astype(np.float32)).view(tokens, groups, hidden_size // groups).mul_(steps)
+    numbers = numbers.view(tokens, hidden_size).to(dtype)
     most = torch.finfo(dtype).max  # rounding to bfloat16 may have gone beyond it
     outliers = _tensor(kept.copy(), torch.bfloat16, tokens, len(channels)).to(dtype).clamp_(-most, most)
     # 5 us for 256 x 576, where index_copy_ takes 24.

@@ -191,7 +191,7 @@ def test_small_planes_are_left_alone_by_zstd() -> None:
 
 def test_int8_takes_a_byte_a_number_and_little_more() -> None:
     tensor = activations(256, 576, torch.bfloat16)
-    assert size_bytes(pack(tensor, "int8")) == 256 * 576 + OUTLIERS * 4 + 256 * (2 * OUTLIERS + 4)
+    assert size_bytes(pack(tensor, "int8")) == 256 * 576 + OUTLIERS * 4 + 256 * (2 * OUTLIERS + 3 * 4)
     assert size_bytes(pack(tensor, "int8+zstd")) < 0.9 * 256 * 576
 
 
@@ -207,7 +207,9 @@ def outliers(tensor: torch.Tensor) -> torch.Tensor:
 def test_int8_is_off_by_half_a_step_at_most(codec: str, dtype: torch.dtype) -> None:
     tensor = activations(64, 576, dtype).float()
     kept = outliers(tensor)
-    steps = tensor.index_fill(1, kept, 0).abs().amax(1, keepdim=True) / 127
+    group = 192 if codec == "int8" else 576
+    peaks = tensor.index_fill(1, kept, 0).abs().view(64, -1, group).amax(2)
+    steps = peaks.repeat_interleave(group, 1) / 127
     error = (sent(tensor.to(dtype), codec).float() - tensor).abs()
     rounding = tensor.abs() * torch.finfo(dtype).eps
     assert bool((error.index_fill(1, kept, 0) <= 0.501 * steps + rounding).all())
@@ -220,9 +222,17 @@ def test_int8_keeps_the_massive_channels_of_bfloat16_to_the_bit() -> None:
     assert same_bits(sent(tensor, "int8")[:, kept], tensor[:, kept])
 
 
-def test_int8_with_and_without_zstd_give_the_same_numbers() -> None:
-    tensor = activations(64, 576, torch.bfloat16)
-    assert same_bits(sent(tensor, "int8"), sent(tensor, "int8+zstd"))
+def test_int8_groups_are_of_one_size_and_of_192_channels_at_least() -> None:
+    widths = {191: 1, 383: 1, 384: 2, 576: 3, 960: 5, 1009: 1, 4096: 16, 5120: 20}
+    scales = {width: memoryview(pack(torch.ones(1, width), "int8").blobs[2]).nbytes // 4 for width in widths}
+    assert scales == widths
+
+
+def test_int8_with_one_scale_a_token_is_read_with_and_without_zstd() -> None:
+    """As older writers have it."""
+    tensor = activations(5, 576, torch.bfloat16)  # so small that zstd leaves the codes alone
+    coarse = pack(tensor, "int8+zstd")
+    assert same_bits(unpack_as(replace(coarse, codec="int8"), tensor), sent(tensor, "int8+zstd"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -257,15 +267,15 @@ def test_a_codec_that_does_not_exist_is_a_mistake_of_the_caller() -> None:
 # -- golden bytes --------------------------------------------------------------------------------
 
 
-def golden_tensor(dtype: torch.dtype) -> Tensor:
-    """[64, 64] of numbers that every dtype has: eighths from -15.625 to 15.625, and 1000 times as much in channel 9."""
-    places = torch.arange(64 * 64).view(64, 64)
+def golden_tensor(dtype: torch.dtype, hidden_size: int = 64) -> Tensor:
+    """[64, .] of numbers that every dtype has: eighths from -15.625 to 15.625, and 1000 times as much in channel 9."""
+    places = torch.arange(64 * hidden_size).view(64, hidden_size)
     numbers = (places * 7919 % 251 - 125) / 8
     numbers[:, 9] = (places[:, 9] % 31 - 15) * 1024.0
     return numbers.to(dtype)
 
 
-def golden_step(codec: str, dtype: torch.dtype) -> Step:
+def golden_step(codec: str, dtype: torch.dtype, hidden_size: int = 64) -> Step:
     return Step(
         plan="0123456789abcdef",
         owner="mqinfer.demo.coordinator.c-1",
@@ -274,32 +284,33 @@ def golden_step(codec: str, dtype: torch.dtype) -> Step:
         stage=1,
         route=("mqinfer.demo.worker.w-1",),
         rows=(Row(row=7, epoch=0, start=0, count=64, reserve=80),),
-        hidden=pack(golden_tensor(dtype), codec),
+        hidden=pack(golden_tensor(dtype, hidden_size), codec),
     )
 
 
 #: Steps under their files' names in tests/data.
-GOLDEN_PARAMETERS = {
-    "hidden-raw-bfloat16": ("raw", torch.bfloat16),
-    "hidden-lossless-bfloat16": ("lossless", torch.bfloat16),
-    "hidden-lossless-float16": ("lossless", torch.float16),
-    "hidden-lossless-float32": ("lossless", torch.float32),
+GOLDEN_PARAMETERS: dict[str, tuple[str, torch.dtype, int]] = {
+    "hidden-raw-bfloat16": ("raw", torch.bfloat16, 64),
+    "hidden-lossless-bfloat16": ("lossless", torch.bfloat16, 64),
+    "hidden-lossless-float16": ("lossless", torch.float16, 64),
+    "hidden-lossless-float32": ("lossless", torch.float32, 64),
     # Of channels whose largest numbers are equal it keeps others than today's writer, which keeps the first.
-    "hidden-int8-bfloat16": ("int8", torch.bfloat16),
-    "hidden-int8-ties-bfloat16": ("int8", torch.bfloat16),
-    "hidden-int8+zstd-float32": ("int8+zstd", torch.float32),
+    "hidden-int8-bfloat16": ("int8", torch.bfloat16, 64),
+    "hidden-int8-ties-bfloat16": ("int8", torch.bfloat16, 64),
+    "hidden-int8-groups-bfloat16": ("int8", torch.bfloat16, 384),
+    "hidden-int8+zstd-float32": ("int8+zstd", torch.float32, 64),
 }
 GOLDEN = {name: golden_step(*parameters) for name, parameters in GOLDEN_PARAMETERS.items()}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_golden_tensors_are_read(name: str) -> None:
-    codec, dtype = GOLDEN_PARAMETERS[name]
+    codec, dtype, hidden_size = GOLDEN_PARAMETERS[name]
     step = decode((DATA / f"{name}.bin").read_bytes())
     assert isinstance(step, Step)
     assert step.hidden is not None
     assert (step.hidden.codec, getattr(torch, step.hidden.dtype)) == (codec, dtype)
-    tensor = golden_tensor(dtype)
+    tensor = golden_tensor(dtype, hidden_size)
     got = unpack_as(step.hidden, tensor)
     if codec.startswith("int8"):
         assert float((got.float() - tensor.float()).abs().max()) <= 0.5 * 15.625 / 127 + 15.625 * 2**-9
@@ -307,7 +318,7 @@ def test_the_golden_tensors_are_read(name: str) -> None:
         assert same_bits(got, tensor)
 
 
-@pytest.mark.parametrize("name", ["hidden-raw-bfloat16", "hidden-int8-ties-bfloat16"])
+@pytest.mark.parametrize("name", ["hidden-raw-bfloat16", "hidden-int8-ties-bfloat16", "hidden-int8-groups-bfloat16"])
 def test_the_golden_tensors_without_zstd_are_written(name: str) -> None:
     step = decode((DATA / f"{name}.bin").read_bytes())
     assert step == GOLDEN[name]
@@ -369,6 +380,10 @@ HOSTILE: dict[str, tuple[str, Callable[[Packed], Packed]]] = {
     "a huge channel": ("int8", with_blob(0, lambda b: b"\xff" * len(b))),
     "too few channels": ("int8", with_blob(0, lambda b: b[:-4])),
     "scales too short": ("int8", with_blob(2, lambda b: b[:-4])),
+    "no scales": ("int8", with_blob(2, lambda b: b"")),
+    "scales of five groups of 96 channels": ("int8", with_blob(2, lambda b: 5 * b)),
+    "more scales than channels": ("int8", with_blob(2, lambda b: 192 * b)),
+    "scales of two groups, one missing": ("int8", with_blob(2, lambda b: (2 * b)[:-4])),
     "a scale of zero": ("int8", with_blob(2, lambda b: bytes(4) + b[4:])),
     "a scale that is no number": ("int8", with_blob(2, lambda b: struct.pack("<f", float("nan")) + b[4:])),
     "a scale that makes infinity": ("int8", with_blob(2, lambda b: struct.pack("<f", 3e38) + b[4:])),
