@@ -42,6 +42,12 @@ async def open_rabbitmq(url: str, *, name: str, heartbeat_s: float, timeout_s: f
     return transport
 
 
+#: Of each consumer: the broker says when its queue is deleted. Otherwise, where the queue is declared again before the
+#: consumer's channel has seen that, RabbitMQ makes the consumer one of the new queue, counts it there and, in 3.10,
+#: throws away what is delivered to it (rabbit_channel.erl, `queue_down_consumer_action`).
+CONSUMER_ARGUMENTS: dict[str, Any] = {"x-cancel-on-ha-failover": True}
+
+
 class RabbitmqDelivery:
     """One message, ours until settled."""
 
@@ -108,7 +114,7 @@ class RabbitmqSubscription:
         """To be called inside the link's border, once."""
         await self._channel.basic_qos(prefetch_count=prefetch)
         self._channel.on_consumer_cancel_callbacks.add(self._on_broker_cancel)
-        reply = await self._channel.basic_consume(self.queue, self._on_message)
+        reply = await self._channel.basic_consume(self.queue, self._on_message, arguments=CONSUMER_ARGUMENTS)
         self._tag = reply.consumer_tag or ""
         self._unwatch = self.link.watch(self._channel, f"the channel that consumed {self.queue} was closed")
 
