@@ -10,6 +10,7 @@ starts it and asks it in lines of JSON, as `benchmarks.side` has them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -107,6 +108,9 @@ class Client:
 
         sequence_manager.DHT = _loopback(sequence_manager.DHT)
         torch.set_grad_enabled(False)
+        # A session that is collected closes itself, which waits for the event loop's thread: for ever, where the
+        # collector happens to run in that one. What `generate` leaves is collected before the next.
+        gc.disable()
         layers = int(json.loads(Path(model, "config.json").read_text())["num_hidden_layers"])
         first, peer = start_server(model, dtype, f"0:{layers // 2}", None)
         second, _ = start_server(model, dtype, f"{layers // 2}:{layers}", peer)
@@ -143,6 +147,7 @@ class Client:
 
         batch: rows in one session, taken from the prompts in the order given. sessions: how many are open at once.
         """
+        gc.collect()
         groups = [range(at, min(at + batch, len(prompts))) for at in range(0, len(prompts), batch)]
 
         def run(rows: range) -> list[list[int]]:

@@ -31,7 +31,7 @@ VARIABLE = "MQINFER_PETALS"
 #: Converted checkpoints, and what else Petals keeps.
 CACHE = HOME / "petals"
 
-#: Its sessions wait for each other for ever now and then. No run of its own has taken a third of that.
+#: Its client has waited for itself for ever (see petals_side.Client). No run of its own has taken a third of that.
 PATIENCE_S = 600.0
 
 #: Nothing fetched, nothing of this environment found there.
