@@ -20,8 +20,11 @@ LATEST = 0.2
 SLACK = 0.5
 #: Where more rows prefill, the decoding ones wait longer: rows that don't decode yet are worth nothing.
 PATIENT_ROWS = 8
+#: A position that sees so many times hidden_size others takes twice a first one's time. By the number of products it is
+#: six times (12 x hidden_size^2 a layer, and two with each position seen); attention reaches two thirds of their rate.
+DEEP_HIDDEN_SIZES = 4
 #: However slow it is, a prefill goes on.
-LEAST_TOKENS = 16
+LEAST_TOKENS = 8
 #: No forward that helps here takes longer; a worker may say what it likes.
 MOST_S = 3600.0
 
@@ -34,6 +37,7 @@ class Pace:
     other's slope, so that no prefill makes others wait longer than it seems.
     """
 
+    hidden_size: int
     _speed: Speed | None = None
 
     def note(self, tokens: int, seconds: float, token_s: float) -> None:
@@ -51,12 +55,13 @@ class Pace:
 
     def step_tokens(self, pending: Sequence[Pending], most: int) -> int:
         """New positions that the next step of these rows may have, `most` at most."""
-        decoding = sum(1 for row in pending if row.known - row.cached == 1)
-        prefilling = len(pending) - decoding
+        cached = [row.cached for row in pending if row.known - row.cached > 1]
+        prefilling, decoding = len(cached), len(pending) - len(cached)
         if not decoding or not prefilling or self._speed is None or not self._speed.token_s:
             return most
         slack = SLACK * max(1.0, PATIENT_ROWS * prefilling / decoding)
-        beside = slack * self._speed.seconds(decoding) / self._speed.token_s
+        token_s = self._speed.token_s * (1 + max(cached) / (DEEP_HIDDEN_SIZES * self.hidden_size))
+        beside = slack * self._speed.seconds(decoding) / token_s
         return min(most, decoding + int(min(max(beside, LEAST_TOKENS), most)))
 
     def worth_tokens(self) -> float:

@@ -38,7 +38,7 @@ class Scheduler:
         #: Doubles when steps are overdue, halves when one comes home quickly: a pipeline that is slower than the
         #: timeout would replay its rows for ever.
         self._patience = 1
-        self._pace = Pace()
+        self._pace = Pace(plan.hidden_size)
         self._given_up = GivenUp()
         self._next_row = 0
         self._next_microbatch = 0

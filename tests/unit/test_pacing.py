@@ -10,20 +10,21 @@ from mqinfer.batching import Pending
 from mqinfer.pacing import LEAST_TOKENS, Pace
 
 MOST = 256
+HIDDEN_SIZE = 576
 DECODING = [Pending(50, 51)] * 16
 LONG = [Pending(0, 4000)]
 
 
 def paced(fixed_s: float, token_s: float) -> Pace:
     """Has seen decode steps and full ones of a stage that takes so long."""
-    pace = Pace()
+    pace = Pace(HIDDEN_SIZE)
     for tokens in (MOST, 16, 16, 16):
         pace.note(tokens, fixed_s + token_s * tokens, token_s)
     return pace
 
 
 def test_without_observations_a_step_is_full() -> None:
-    assert Pace().step_tokens(DECODING + LONG, MOST) == MOST
+    assert Pace(HIDDEN_SIZE).step_tokens(DECODING + LONG, MOST) == MOST
 
 
 def test_rows_that_decode_keep_two_thirds_of_their_rate_beside_one_long_prefill() -> None:
@@ -31,6 +32,14 @@ def test_rows_that_decode_keep_two_thirds_of_their_rate_beside_one_long_prefill(
     tokens = paced(fixed_s, token_s).step_tokens(DECODING + LONG, MOST)
     decode_s, both_s = fixed_s + token_s * 16, fixed_s + token_s * tokens
     assert 0.66 < decode_s / both_s < 0.72
+
+
+def test_a_prompts_later_positions_take_longer_and_a_step_has_fewer_of_them() -> None:
+    pace = paced(0.06, 0.0005)
+    first, later = (pace.step_tokens([*DECODING, Pending(at, 4000)], MOST) - 16 for at in (0, 4 * HIDDEN_SIZE))
+    assert later == first // 2
+    shared = pace.step_tokens([*DECODING, Pending(0, 4000), Pending(4 * HIDDEN_SIZE, 4000)], MOST) - 16
+    assert shared == later
 
 
 def test_where_positions_ride_along_for_nothing_a_step_is_full() -> None:
@@ -52,7 +61,7 @@ def test_a_prefill_goes_on_however_slow_it_is() -> None:
 
 
 def test_a_worker_that_stalled_does_not_slow_prefills_down_for_ever() -> None:
-    pace = Pace()
+    pace = Pace(HIDDEN_SIZE)
     pace.note(600, 5.0, 5.0 / 600)
     assert pace.step_tokens(DECODING + LONG, MOST) < MOST
     for _ in range(40):
@@ -73,7 +82,7 @@ def test_a_worker_that_stalled_does_not_slow_prefills_down_for_ever() -> None:
 def test_whatever_was_seen_a_step_has_room_for_somebody_and_never_passes_its_bound(
     seen: list[tuple[int, float, float]], needs: list[int], most: int
 ) -> None:
-    pace = Pace()
+    pace = Pace(HIDDEN_SIZE)
     for tokens, seconds, token_s in seen:
         pace.note(tokens, seconds, token_s)
     assert 1 <= pace.step_tokens([*DECODING[:1], *(Pending(0, need) for need in needs)], most) <= most
@@ -82,4 +91,4 @@ def test_whatever_was_seen_a_step_has_room_for_somebody_and_never_passes_its_bou
 def test_positions_are_worth_a_forward_where_what_it_costs_anyway_is_a_ninth_of_it() -> None:
     assert 155 < paced(0.020, 0.001).worth_tokens() < 165
     assert paced(0.0, 0.001).worth_tokens() == 1.0
-    assert Pace().worth_tokens() == math.inf
+    assert Pace(HIDDEN_SIZE).worth_tokens() == math.inf
