@@ -223,7 +223,7 @@ def _groups(hidden_size: int) -> int:
 
 
 def _given_groups(packed: Packed, tokens: int, hidden_size: int) -> int:
-    """How many there are, by how many scales came; that these are neither more nor fewer is for _planes to see."""
+    """How many there are, by how many scales came; _planes checks the exact length."""
     scales_bytes = memoryview(packed.blobs[2]).nbytes if len(packed.blobs) > 2 else 0
     groups = max(1, scales_bytes // max(1, 4 * tokens))
     if hidden_size % groups:
@@ -249,7 +249,8 @@ def _quantized(values: Tensor, groups: int) -> list[Array]:
     sizes = _rows(values) << 1
     channels = _outliers(sizes, _INFINITY[values.dtype])
     sizes[:, channels] = 0
-    peaks = sizes.reshape(tokens, groups, hidden_size // groups).max(2, initial=0) >> 1
+    # Raveled, for of a transposed tensor the peaks would lie in its order.
+    peaks = sizes.reshape(tokens, groups, hidden_size // groups).max(2, initial=0).ravel() >> 1
     scales = _tensor(peaks, values.dtype, tokens, groups).float().div_(127).clamp_(_SCALE_LEAST, _SCALE_MOST)
     numbers = values.float().reshape(tokens, groups, hidden_size // groups)
     codes = numbers.div(scales.unsqueeze(2)).round_().to(torch.int8).view(tokens, hidden_size).numpy()

@@ -78,7 +78,7 @@ class _Scalar:
 
     def read(self, source: Source) -> Any:
         value = source.scalar()
-        # Most of what a step has are numbers within their bounds: 32 rows have 200.
+        # Most of what a step has are numbers within their bounds: 200 in a step of 32 rows.
         if type(value) is self.kind and self.kind is not str and self._low <= value <= self._high:
             return value
         return self._checked(value)
@@ -235,12 +235,13 @@ class _Record:
         required = [place for place, default in enumerate(self._defaults.values(), 1) if default is MISSING]
         self._required = {f.name for f in fields(kind) if self._defaults[f.name] is MISSING}
         self._bounds: Bounds = (max(required, default=0), len(self._fields))
-        #: One for all that have nothing but defaults: messages are frozen.
+        #: One for all that have nothing but defaults; hashed to be sure that all of it is frozen.
         self._plain = None if required else kind()
+        hash(self._plain)
 
     def write(self, value: Any, blobs: list[Buffer]) -> Any:
         self._check(value)
-        if value == self._plain:
+        if self._plain is not None and value == self._plain:
             return []
         names = list(self._fields)
         while len(names) > self._bounds[0] and self._is_default(value, names[-1]):

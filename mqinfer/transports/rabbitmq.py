@@ -23,6 +23,12 @@ from mqinfer.transports.base import Blockage, QueueState, Sink
 from mqinfer.transports.rabbitmq_connect import connect, parse
 from mqinfer.transports.rabbitmq_link import Link
 
+#: Of each consumer, for RabbitMQ 3: it is told when its queue is deleted, or when a mirrored one moves. Otherwise,
+#: where the queue is declared again before the consumer's channel has seen that it went, the consumer is made one of
+#: the new queue, counts there and, in 3.10, is sent nothing (rabbit_channel.erl, `queue_down_consumer_action`).
+#: RabbitMQ 4 tells in any case. Classic queues only, as ours are: for others RabbitMQ 3 refuses it.
+CONSUMER_ARGUMENTS: dict[str, Any] = {"x-cancel-on-ha-failover": True}
+
 
 async def open_rabbitmq(url: str, *, name: str, heartbeat_s: float, timeout_s: float) -> RabbitmqTransport:
     """See transports.open_transport."""
@@ -40,12 +46,6 @@ async def open_rabbitmq(url: str, *, name: str, heartbeat_s: float, timeout_s: f
         await transport.close()
         raise
     return transport
-
-
-#: Of each consumer: the broker says when its queue is deleted. Otherwise, where the queue is declared again before the
-#: consumer's channel has seen that, RabbitMQ makes the consumer one of the new queue, counts it there and, in 3.10,
-#: throws away what is delivered to it (rabbit_channel.erl, `queue_down_consumer_action`).
-CONSUMER_ARGUMENTS: dict[str, Any] = {"x-cancel-on-ha-failover": True}
 
 
 class RabbitmqDelivery:

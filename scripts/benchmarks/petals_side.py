@@ -108,9 +108,6 @@ class Client:
 
         sequence_manager.DHT = _loopback(sequence_manager.DHT)
         torch.set_grad_enabled(False)
-        # A session that is collected closes itself, which waits for the event loop's thread: for ever, where the
-        # collector happens to run in that one. What `generate` leaves is collected before the next.
-        gc.disable()
         layers = int(json.loads(Path(model, "config.json").read_text())["num_hidden_layers"])
         first, peer = start_server(model, dtype, f"0:{layers // 2}", None)
         second, _ = start_server(model, dtype, f"{layers // 2}:{layers}", peer)
@@ -126,6 +123,10 @@ class Client:
             show_route=False,
         )
         self._await_layers()
+        # A session that is collected closes itself, which waits for the event loop's thread: for ever, where the
+        # collector happens to run in that one. `obey` collects between one question and the next. Not earlier, or the
+        # processes that hivemind forks would have no collector.
+        gc.disable()
 
     def _await_layers(self) -> None:
         from petals.data_structures import ServerState
@@ -147,7 +148,6 @@ class Client:
 
         batch: rows in one session, taken from the prompts in the order given. sessions: how many are open at once.
         """
-        gc.collect()
         groups = [range(at, min(at + batch, len(prompts))) for at in range(0, len(prompts), batch)]
 
         def run(rows: range) -> list[list[int]]:
@@ -232,6 +232,7 @@ def obey(source: TextIO, out: TextIO, model: str, dtype: str) -> None:
             client = started(out, model, dtype)
             continue
         work: Callable[..., list[list[int]]] = client.generate if op == "generate" else client.score
+        gc.collect()
         began_s = time.perf_counter()
         outputs = work(**order)
         say(out, {"seconds": time.perf_counter() - began_s, "outputs": outputs})

@@ -201,7 +201,7 @@ def _flames(pids: Mapping[str, int], notes: Notes) -> Iterator[None]:
         yield
     finally:
         said = [_end(one) for one in spies]
-    made = [str(file) for file in files.values() if file.exists()]
+    made = [str(file).replace(str(Path.home()), "~", 1) for file in files.values() if file.exists()]
     notes.put("flame graphs", ", ".join(made) if made else f"none: py-spy said {' '.join(said)}")
 
 

@@ -31,7 +31,8 @@ VARIABLE = "MQINFER_PETALS"
 #: Converted checkpoints, and what else Petals keeps.
 CACHE = HOME / "petals"
 
-#: Its client has waited for itself for ever (see petals_side.Client). No run of its own has taken a third of that.
+#: Beyond this it counts as stuck: its client could wait for itself for ever (see petals_side.Client). Its longest run
+#: took less than a third of this.
 PATIENCE_S = 600.0
 
 #: Nothing fetched, nothing of this environment found there.
