@@ -100,9 +100,10 @@ def unpack(
     if packed.codec == "lossless":
         planes = _planes(packed, [(kind, count) for kind in _SPLIT[bits]], squeezed=0)
         return _tensor(_joined(planes, bits), dtype, tokens, hidden_size).to(device)
-    layout = _int8_planes(tokens, hidden_size, _given_groups(packed, tokens, hidden_size))
+    groups = _given_groups(packed, tokens, hidden_size)
+    layout = _int8_planes(tokens, hidden_size, groups)
     planes = _planes(packed, layout, squeezed=3 if packed.codec == "int8+zstd" else None)
-    return _dequantized(planes, dtype, tokens, hidden_size).to(device)
+    return _dequantized(planes, dtype, (tokens, groups, hidden_size // groups)).to(device)
 
 
 def _checked_tokens(packed: Packed, dtype: torch.dtype, hidden_size: int, max_tokens: int) -> int:
@@ -267,17 +268,17 @@ def _outliers(sizes: Array, infinity: np.unsignedinteger[Any]) -> Array:
     return np.sort(np.argsort(~peaks, kind="stable")[:OUTLIERS])
 
 
-def _dequantized(planes: Sequence[Array], dtype: torch.dtype, tokens: int, hidden_size: int) -> Tensor:
-    """[tokens, hidden_size] of `dtype`."""
+def _dequantized(planes: Sequence[Array], dtype: torch.dtype, grouped: tuple[int, int, int]) -> Tensor:
+    """[tokens, hidden_size] of `dtype`; `grouped`: tokens, groups of each, channels of a group."""
     channels, kept, scales, codes = planes
+    tokens, groups, group_size = grouped
+    hidden_size = groups * group_size
     if channels.max(initial=0) >= max(hidden_size, 1):
         raise WireError("Packed.blobs[0]: a channel that does not exist")
     if not (scales.min(initial=_SCALE_LEAST) >= _SCALE_LEAST and scales.max(initial=_SCALE_LEAST) <= _SCALE_MOST):
         raise WireError("Packed.blobs[2]: a scale out of bounds")
-    groups = len(scales) // tokens if tokens else 1
     steps = torch.from_numpy(scales.copy()).view(tokens, groups, 1)
-    numbers = torch.from_numpy(codes.astype(np.float32)).view(tokens, groups, hidden_size // groups).mul_(steps)
-    numbers = numbers.view(tokens, hidden_size).to(dtype)
+    numbers = torch.from_numpy(codes.astype(np.float32)).view(grouped).mul_(steps).view(tokens, hidden_size).to(dtype)
     most = torch.finfo(dtype).max  # rounding to bfloat16 may have gone beyond it
     outliers = _tensor(kept.copy(), torch.bfloat16, tokens, len(channels)).to(dtype).clamp_(-most, most)
     # 5 us for 256 x 576, where index_copy_ takes 24.

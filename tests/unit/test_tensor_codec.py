@@ -222,6 +222,14 @@ def test_int8_keeps_the_massive_channels_of_bfloat16_to_the_bit() -> None:
     assert same_bits(sent(tensor, "int8")[:, kept], tensor[:, kept])
 
 
+def test_int8_with_and_without_zstd_give_the_same_numbers() -> None:
+    tensor = activations(64, 576, torch.bfloat16)
+    squeezed = pack(tensor, "int8+zstd")
+    codes = zstandard.ZstdDecompressor().decompress(squeezed.blobs[3])
+    plain = replace(squeezed, codec="int8", blobs=(*squeezed.blobs[:3], codes))
+    assert same_bits(unpack_as(plain, tensor), sent(tensor, "int8+zstd"))
+
+
 def test_int8_groups_are_of_one_size_and_of_192_channels_at_least() -> None:
     widths = {191: 1, 383: 1, 384: 2, 576: 3, 960: 5, 1009: 1, 4096: 16, 5120: 20}
     scales = {width: memoryview(pack(torch.ones(1, width), "int8").blobs[2]).nbytes // 4 for width in widths}
