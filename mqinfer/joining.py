@@ -23,7 +23,7 @@ from mqinfer.plan import Plan
 from mqinfer.presence import Presence
 from mqinfer.queues import Topology
 from mqinfer.survey import Survey
-from mqinfer.transports.base import Transport
+from mqinfer.transports.base import Transport, cancelling
 
 #: Between two tries to be the one that chooses, at most.
 TURN_S = 1.0
@@ -87,7 +87,10 @@ async def until_better(
     Nobody else chooses or moves until that link is closed.
     """
     wanted: list[int] = []
+    before = cancelling()
     while True:
+        if cancelling() > before:  # a cancellation that met the link's loss came out as the loss alone
+            raise asyncio.CancelledError
         await asyncio.sleep(LOOK_S)
         try:
             transport = await connect()

@@ -12,6 +12,7 @@ from fleet import PATIENCE_S, Fleet
 from test_actors import Job
 
 from mqinfer import joining, survey
+from mqinfer.errors import Disconnected
 from mqinfer.joining import take_turn, until_better
 from mqinfer.plan import Plan
 from mqinfer.queues import Topology, new_id
@@ -133,3 +134,26 @@ async def test_a_worker_that_is_stopped_while_it_looks_gives_its_turn_back(
     looking.cancel()
     await asyncio.wait({looking})
     await asyncio.wait_for(take_turn(link, plan), PATIENCE_S)
+
+
+async def test_a_worker_is_stopped_although_its_link_is_lost_at_the_same_moment(
+    transport_url: str, plan: Plan, link: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = asyncio.Event()
+
+    async def look_until_the_link_is_lost(*_: object, **__: object) -> None:
+        first = not looks.is_set()
+        looks.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if first:  # as where what was declared can't be deleted any more
+                raise Disconnected("the link was lost")
+
+    monkeypatch.setattr(joining, "LOOK_S", 0.05)
+    monkeypatch.setattr(survey, "take", look_until_the_link_is_lost)
+    looking = asyncio.create_task(until_better(lambda: open_transport(transport_url), plan, 0, COSTS, range(3)))
+    await asyncio.wait_for(looks.wait(), PATIENCE_S)
+    looking.cancel()
+    await asyncio.wait({looking}, timeout=2)
+    assert looking.cancelled()
