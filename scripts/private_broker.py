@@ -22,6 +22,7 @@ from types import FrameType
 
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
+CTL_TIMEOUT_S = 60.0
 
 #: Debian's /usr/sbin/rabbitmq-server insists on root or the user rabbitmq; the script behind it does not.
 DEBIAN_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
@@ -115,10 +116,12 @@ class PrivateBroker:
         self.start()
 
     def ctl(self, *arguments: str) -> str:
-        """What `rabbitmqctl` says about the running node. Raises: CalledProcessError."""
+        """What `rabbitmqctl` says about the running node. Raises: CalledProcessError, TimeoutExpired."""
         debian = DEBIAN_SERVER.with_name("rabbitmqctl")
         command = [str(debian) if debian.exists() else "rabbitmqctl", *arguments]
-        return subprocess.run(command, env=self._environment(), capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            command, env=self._environment(), capture_output=True, text=True, check=True, timeout=CTL_TIMEOUT_S
+        ).stdout
 
     def close(self) -> None:
         """End it and remove all that it wrote; twice is harmless."""

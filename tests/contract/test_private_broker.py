@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -51,13 +52,18 @@ def test_without_rabbitmq_it_says_so(folder: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_script_serves_until_it_is_ended_and_leaves_nothing(folder: Path, number: signal.Signals) -> None:
     environment = os.environ | {"TMPDIR": str(folder)}
-    with subprocess.Popen([SCRIPT], stdout=subprocess.PIPE, text=True, env=environment) as script:
+    with (
+        subprocess.Popen([SCRIPT], stdout=subprocess.PIPE, text=True, env=environment) as script,
+        ExitStack() as at_the_end,
+    ):
+        at_the_end.callback(script.kill)  # where the test fails; Popen's own end waits for ever
         assert script.stdout is not None
         port = urlsplit(script.stdout.readline().strip()).port
         assert port is not None
         assert answers(port, GREETING)
         assert len(list(folder.iterdir())) == 1
         script.send_signal(number)
+        script.wait(PATIENCE_S)
     assert script.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     deadline = time.monotonic() + PATIENCE_S
     while answers(port, GREETING) or list(folder.iterdir()):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,16 @@ def test_top_draws_on_the_terminal_and_a_key_leaves_it_as_it_was(
     start("coordinator", *where).said("actor.ready")
     command = (sys.executable, "-m", "mqinfer", "top", "--interval", "0.2", *where)
     seen = b""
-    with subprocess.Popen(
-        [sys.executable, "-c", ON_A_TERMINAL, *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment(TERM="xterm", COLUMNS="120", LINES="40"),
-    ) as running:
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", ON_A_TERMINAL, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(TERM="xterm", COLUMNS="120", LINES="40"),
+        ) as running,
+        ExitStack() as at_the_end,
+    ):
+        at_the_end.callback(running.kill)  # where the test fails; Popen's own end waits for ever
         assert running.stdin is not None
         assert running.stdout is not None
         while b"no worker serves stage 0, 1" not in seen:  # the test's own time limit ends it
