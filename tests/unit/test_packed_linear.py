@@ -1,4 +1,4 @@
-"""Linear layers laid out once for oneDNN."""
+"""Linear layers laid out once, by oneDNN and by FBGEMM."""
 
 import os
 import subprocess
@@ -9,9 +9,21 @@ import torch
 from torch import nn
 
 from mqinfer import packed_linear
-from mqinfer.packed_linear import PackedLinear, can_pack, pack_linears, packed_bytes
+from mqinfer.packed_linear import (
+    HalfLinear,
+    OneDnnLinear,
+    can_halve,
+    can_pack,
+    half_scale,
+    pack_linears,
+    packed_bytes,
+)
 
 needs_onednn = pytest.mark.skipif(not can_pack(torch.float32), reason="oneDNN packs nothing on this processor")
+#: Not only where it is used: with AVX-512 too.
+needs_fbgemm = pytest.mark.skipif(
+    "fbgemm" not in torch.backends.quantized.supported_engines, reason="FBGEMM is not for this processor"
+)
 
 
 class Tied(nn.Module):
@@ -38,7 +50,7 @@ def test_a_packed_layer_computes_what_the_layer_did(model: Tied, rows: int) -> N
     hidden = torch.randn(1, rows, 32)
     expected = model.head(hidden)
     pack_linears(model)
-    assert isinstance(model.head, PackedLinear)
+    assert type(model.head) is OneDnnLinear
     torch.testing.assert_close(model.head(hidden), expected)
 
 
@@ -58,8 +70,9 @@ def test_hooks_of_a_packed_layer_work_as_those_of_any(model: Tied) -> None:
     assert model.head(torch.randn(1, 5, 32)).shape == (1, 1, 64)
 
 
-def test_where_onednn_can_not_the_model_stays_as_it_is(model: Tied, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_laid_out_the_model_stays_as_it_is(model: Tied, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linear, "can_pack", lambda dtype: False)
+    monkeypatch.setattr(packed_linear, "can_halve", lambda: False)
     pack_linears(model)
     assert type(model.head) is nn.Linear
     assert packed_bytes(model) == 0
@@ -73,7 +86,101 @@ def test_which_layers_are_large_depends_on_the_processor(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
     model = nn.Sequential(nn.Linear(576, 1536), nn.Linear(1536, 192), nn.Linear(192, 2**15)).requires_grad_(False)
     pack_linears(model)
-    assert [type(layer) is PackedLinear for layer in model] == [smaller_too, False, True]
+    assert [isinstance(layer, OneDnnLinear) for layer in model] == [smaller_too, False, True]
+
+
+@pytest.fixture
+def halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor where FBGEMM's layout is used, for small layers too."""
+    monkeypatch.setattr(packed_linear, "can_halve", lambda: True)
+    monkeypatch.setattr(packed_linear, "LEAST_ELEMENTS_HALF", dict.fromkeys(packed_linear.LEAST_ELEMENTS_HALF, 0))
+
+
+def bfloat16_layer(largest: float, *, bias: bool = True) -> nn.Linear:
+    """Of float32, whose numbers are bfloat16's."""
+    torch.manual_seed(2)
+    layer = nn.Linear(96, 48, bias=bias).requires_grad_(False)
+    layer.weight.copy_((torch.randn(48, 96) * largest / 4).bfloat16())
+    return layer
+
+
+@needs_fbgemm
+@pytest.mark.usefixtures("halves")
+@pytest.mark.parametrize("rows", [0, 1, 3, 16, 100])
+@pytest.mark.parametrize("largest", [1e-5, 1.0, 1e6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_of_bfloat16_numbers_is_kept_in_float16_and_computes_as_exactly(
+    rows: int, largest: float, bias: bool
+) -> None:
+    model = nn.Sequential(bfloat16_layer(largest, bias=bias))
+    hidden = torch.randn(1, rows, 96)
+    exact = model.double()(hidden.double())
+    expected = model.float()(hidden)
+    pack_linears(model)
+    assert type(model[0]) is HalfLinear
+    assert packed_bytes(model) == 2 * 48 * 96
+    out = model(hidden)
+    assert out.dtype == torch.float32
+    assert out.shape == expected.shape
+    if rows:
+        assert (out - exact).abs().max() <= 4 * (expected - exact).abs().max() + 1e-6 * exact.abs().max()
+
+
+@needs_fbgemm
+@pytest.mark.usefixtures("halves")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_layer_of_two_bytes_answers_in_its_own_type(dtype: torch.dtype) -> None:
+    layer = bfloat16_layer(1.0).to(dtype)
+    hidden = torch.randn(5, 96).to(dtype)
+    exact = hidden.double() @ layer.weight.double().T + layer.bias.double()
+    model = nn.Sequential(layer)
+    pack_linears(model)
+    assert type(model[0]) is HalfLinear
+    assert model[0].weight.dtype == dtype
+    torch.testing.assert_close(model(hidden), exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+@pytest.mark.usefixtures("halves")
+def test_a_layer_that_float16_does_not_hold_is_not_kept_in_it() -> None:
+    model = nn.Sequential(nn.Linear(96, 48)).requires_grad_(False)
+    pack_linears(model)
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale"),
+    [
+        (torch.tensor([[1.0, 2.0**-17]]), 1.0),
+        (torch.tensor([[1.0, 3 * 2.0**-25]]), 2.0**14),
+        (torch.tensor([[2.0**100, 2.0**80]]), 2.0**-86),
+        (torch.tensor([[1.0, 2.0**-33]]), 1.0),
+        (torch.tensor([[1.0, 1.0 + 2.0**-12]]), None),
+        (torch.tensor([[1.0, 2.0**-25 * (1 + 2.0**-6)]]), 2.0**14),
+        (torch.tensor([[2.0**-140, 0.0]]), None),
+        (torch.tensor([[1.0, float("inf")]]), None),
+        (torch.tensor([[1.0, float("nan")]]), None),
+        (torch.zeros(1, 2), 1.0),
+    ],
+)
+def test_by_which_power_of_two_float16_holds_a_weight(weight: torch.Tensor, scale: float | None) -> None:
+    assert half_scale(weight) == scale
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX512"])
+def test_float16_is_not_used_where_it_was_never_measured(monkeypatch: pytest.MonkeyPatch, capability: str) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert not can_halve.__wrapped__()
+
+
+@needs_fbgemm
+@pytest.mark.usefixtures("halves")
+def test_a_head_kept_in_float16_leaves_its_embedding_as_it_was() -> None:
+    model = Tied().requires_grad_(False)
+    model.embedding.weight.copy_(model.embedding.weight.bfloat16())
+    before = model.embedding.weight.clone()
+    pack_linears(model)
+    assert type(model.head) is HalfLinear
+    assert torch.equal(model.embedding.weight, before)
 
 
 PEAK = """
