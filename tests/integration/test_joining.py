@@ -155,5 +155,5 @@ async def test_a_worker_is_stopped_although_its_link_is_lost_at_the_same_moment(
     looking = asyncio.create_task(until_better(lambda: open_transport(transport_url), plan, 0, COSTS, range(3)))
     await asyncio.wait_for(looks.wait(), PATIENCE_S)
     looking.cancel()
-    await asyncio.wait({looking}, timeout=2)
+    await asyncio.wait({looking}, timeout=PATIENCE_S)
     assert looking.cancelled()
