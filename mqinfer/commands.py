@@ -138,6 +138,7 @@ def check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: Worker
     """Raises: SettingsError where the device is not there, or these stages can't have the memory that they need."""
     from mqinfer import device
     from mqinfer.kv_cache import ROUND_TOKENS
+    from mqinfer.packed_linear import room_bytes
 
     device.check(settings.device)
     facts = checkpoint.facts(str(folder))
@@ -149,8 +150,9 @@ def check_room(plan: Plan, stages: Sequence[int], folder: Path, settings: Worker
             f"{ROUND_TOKENS} positions take {size(row_bytes)}"
         )
     weight_bytes = sum(cost.weight_bytes for cost in costs)
-    if settings.device == "cpu" and len(plan.stages) - 1 in stages:
-        weight_bytes += facts.anatomy.head * 6  # while it is laid out it is here in float32 and float16 too
+    if settings.device == "cpu":
+        head = facts.anatomy.head if len(plan.stages) - 1 in stages else 0
+        weight_bytes = room_bytes(weight_bytes, itemsize=plan.itemsize, hidden_size=plan.hidden_size, head=head)
     device.check_room(settings.device, weight_bytes, settings.kv_bytes)
 
 

@@ -3,9 +3,9 @@
 For a few rows of input the library behind `nn.Linear` lays the whole weight out anew in every call, which costs as much
 as the product itself: SmolLM2's head, [49152, 576] in float32, takes 41 ms for 16 rows on one thread, laid out once 25.
 
-Two libraries of torch do it. oneDNN keeps the weight in its type. FBGEMM keeps it in float16 and computes in float32:
-where oneDNN takes 19 ms for that head, FBGEMM takes 14. It is for weights that float16 holds exactly, as those of
-bfloat16 checkpoints are, also where they are computed in float32.
+Two libraries of torch do it. oneDNN keeps the weight in its type. FBGEMM keeps it in float16 and computes in float32,
+which takes three quarters of oneDNN's time for that head. It is for weights that, as loaded, float16 holds exactly:
+those of a bfloat16 or float16 checkpoint whatever they are computed in, others where they are computed in two bytes.
 Only for inference: there is no backward. Which layers a stage has is not known here.
 """
 
@@ -25,8 +25,8 @@ LEAST_ELEMENTS = 2**22
 #: With AVX-512, on one thread: [1536, 576] in float32 takes 0.54 ms for 8 rows, packed 0.37 (and 0.25 for one, packed
 #: 0.27); [576, 576] in bfloat16 0.11 for 8 and packed 0.08; what is smaller gains nothing.
 LEAST_ELEMENTS_AVX512 = {torch.float32: 2**19, torch.bfloat16: 2**18}
-#: A call of FBGEMM's costs 17 us more. Smaller weights were not measured: with those of [192, 576] a step of SmolLM2 on
-#: one thread takes 86 ms for 8 rows, 124 for 16, and without them 91 and 141.
+#: A call of FBGEMM's costs 17 us more. [192, 576] is the smallest that was measured: with it a step of SmolLM2 in
+#: float32 takes 0.88 of the time for 16 rows, 0.94 for 8.
 LEAST_ELEMENTS_HALF = 2**16
 #: What it computes for; all others stay.
 HALVED = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ HALVED = (torch.float32, torch.bfloat16, torch.float16)
 HALF_TOLERANCE = 2.0**-32
 #: So many elements of a weight are looked at at once.
 PART_ELEMENTS = 2**20
-#: FBGEMM lays weights out in blocks of so many inputs and outputs (FbgemmPackMatrixB.h), counted in 32 bits.
+#: FBGEMM lays weights out in blocks of so many inputs and outputs (FbgemmPackMatrixB.h, with AVX2), counted in 32 bits.
 BLOCK_IN, BLOCK_OUT, MOST_ELEMENTS_HALF = 512, 16, 2**31
 
 #: glibc keeps what was freed, in pieces that a weight laid out anew rarely fits into: so often it must give them back.
@@ -103,11 +103,23 @@ def pack_linears(model: nn.Module) -> None:
         if packed := _packed(linear):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, packed)
-            freed_bytes += linear.weight.nbytes
+            freed_bytes += linear.weight.nbytes + 4 * linear.weight.numel()  # and a copy in float32, mostly
         del linear
         if freed_bytes >= TRIM_BYTES or (freed_bytes and name == names[-1]):
             freed_bytes = 0
             _trim()
+
+
+def room_bytes(weight_bytes: int, *, itemsize: int, hidden_size: int, head: int) -> int:
+    """What a stage's weights, of so many bytes as they are read, take here at most while its head is laid out.
+
+    `head`: its elements; 0 where the stage has none.
+    """
+    if not can_halve():
+        return weight_bytes + head * itemsize
+    padding = half_bytes(BLOCK_OUT, hidden_size) / (2 * BLOCK_OUT * hidden_size)
+    resident = weight_bytes * padding if itemsize == 2 else weight_bytes
+    return round(resident + head * (4 + 2 * padding))  # a copy in float32, and what is made of it
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -164,9 +176,10 @@ def _fits(weight: Tensor, scale: float, tolerance: float) -> bool:
 def _packed(linear: nn.Linear) -> PackedLinear | None:
     """What takes its place; None where nothing would be gained."""
     dtype, elements = linear.weight.dtype, linear.weight.numel()
-    if elements >= LEAST_ELEMENTS_HALF and dtype in HALVED and can_halve():
+    is_in_reach = elements >= LEAST_ELEMENTS_HALF and half_bytes(*linear.weight.shape) < 2 * MOST_ELEMENTS_HALF
+    if is_in_reach and dtype in HALVED and can_halve():
         scale = half_scale(linear.weight.detach())
-        if scale is not None and half_bytes(*linear.weight.shape) < 2 * MOST_ELEMENTS_HALF:
+        if scale is not None:
             return HalfLinear(linear, scale)
     if elements >= _least_elements(dtype) and can_pack(dtype):
         return OneDnnLinear(linear)
