@@ -128,6 +128,13 @@ def release_embedding(model: PreTrainedModel) -> None:
         _replace(model, embedding, NoEmbedding(embedding))
 
 
+def release_head(model: PreTrainedModel) -> None:
+    """Give up the head of a stage before the last, which is still there where it is tied to the embedding."""
+    head = head_of(model)
+    if not isinstance(head, nn.Identity):
+        _replace(model, head, nn.Identity())
+
+
 def connect(model: PreTrainedModel, spec: StageSpec) -> Ports:
     """Put the hooks on a pruned model that has its weights."""
     ports = Ports()

@@ -23,7 +23,7 @@ from mqinfer.kv_cache import LayerShape
 from mqinfer.packed_linear import PackedLinear, pack_linears, packed_bytes
 from mqinfer.padding import PaddedBatch, equal_counts
 from mqinfer.plan import Plan, StageSpec
-from mqinfer.pruning import StageEnd, connect, head_of, release_embedding
+from mqinfer.pruning import StageEnd, connect, head_of, release_embedding, release_head
 from mqinfer.stage_weights import read_config, read_stage, rope_limit
 
 
@@ -63,6 +63,8 @@ class StageModel:
         attention = RAGGED if kind == families.RAGGED else None
         model = read_stage(config, spec, folder, getattr(torch, plan.dtype), attention)
         model.requires_grad_(False).train(False).to(device)
+        if spec.end < plan.stages[-1].end:
+            release_head(model)
         if torch.device(device).type == "cpu":
             pack_linears(model)
             if spec.first > 0 and isinstance(head_of(model), PackedLinear):

@@ -18,6 +18,7 @@ from mqinfer.errors import PlanError
 from mqinfer.messages import Miss, MissReason, Row, Sampling
 from mqinfer.observe import STAGE_LOADED, add_sink
 from mqinfer.plan import Plan
+from mqinfer.pruning import head_of
 from mqinfer.stage_engine import Done, StageEngine, Work
 
 TOKENS = 6
@@ -336,6 +337,12 @@ def test_the_stages_together_hold_every_weight_once(saved: Saved, stages: list[S
     whole_bytes = sum(parameter.nbytes for parameter in saved.whole.parameters())
     assert sum(engine.weight_bytes for engine in stages) == whole_bytes + norm_bytes
     assert [(engine.first, engine.last) for engine in stages] == [(True, False), (False, True)]
+
+
+def test_only_the_last_stage_keeps_a_head_that_is_tied(tmp_path: Path) -> None:
+    whole = save(Tiny(family="qwen2", tied=True), tmp_path)
+    engines = load(plan_of(tmp_path, whole, CUTS), tmp_path)
+    assert [type(head_of(engine._model._model)) for engine in engines] == [torch.nn.Identity, torch.nn.Linear]
 
 
 def test_a_stage_in_another_dtype_takes_its_bytes(saved: Saved, stages: list[StageEngine]) -> None:
