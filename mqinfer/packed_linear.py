@@ -49,6 +49,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight_bytes, self._dtype = weight_bytes, linear.weight.dtype
+        self.bias = linear.bias
 
     @property
     def weight(self) -> Tensor:
@@ -61,7 +62,6 @@ class OneDnnLinear(PackedLinear):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, linear.weight.nbytes)
-        self.bias = linear.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as nn.Linear names it
@@ -74,7 +74,6 @@ class HalfLinear(PackedLinear):
 
     def __init__(self, linear: nn.Linear, scale: float) -> None:
         super().__init__(linear, half_bytes(*linear.weight.shape))
-        self.bias = linear.bias
         self._unscale = 1 / scale
         weight = linear.weight.detach().to(torch.float32, copy=scale != 1)
         if scale != 1:
